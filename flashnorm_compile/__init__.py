@@ -1,0 +1,1 @@
+"""Differentially private training as a torch.compile backend."""

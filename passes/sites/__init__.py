@@ -1,0 +1,1 @@
+"""Gradient sites, one file per kind."""
