@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import dis
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import CodeType
+from typing import Any
 
 import sympy
 import torch
 from torch import fx
+from torch._dynamo import config as dynamo_config
+from torch._functorch import config as functorch_config
+from torch._functorch._aot_autograd import descriptors
+from torch._guards import detect_fake_mode
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+__all__ = ["CustomGraphPass", "descriptors", "detect_fake_mode"]
+
+# --- sizes ---------------------------------------------------------------------------------------
 
 
 def size_expr(size: int | torch.SymInt) -> sympy.Expr:
@@ -21,12 +36,292 @@ def shape_exprs(shape: Sequence[int | torch.SymInt]) -> tuple[sympy.Expr, ...]:
     return tuple(size_expr(size) for size in shape)
 
 
+# --- source lines --------------------------------------------------------------------------------
+
+
 def source_location(node: fx.Node) -> str:
-    """Return the user's source line of a node ("file:line in function, code: ..."), or ""."""
+    """Return the user's source line of a node ("File: f.py:3 in step, code: ..."), or ""."""
     from torch.fx.graph import _parse_stack_trace
 
     trace = node.meta.get("stack_trace")
     if not trace:
         return ""
     parsed = _parse_stack_trace(trace)
-    return "" if parsed is None else str(parsed.get_summary_str())
+    return "" if parsed is None else f"{parsed.file}:{parsed.lineno}, code: {parsed.code}"
+
+
+# --- Dynamo: where a graph input comes from --------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class InputSource:
+    """Where Dynamo found a graph input.
+
+    Attributes:
+        expression: Dynamo's name for it, such as ``L['batch']['x']``.
+        root: the local variable it is reached from, or None (a global).
+        path: keys, indices and attribute names from the root.
+        in_module: whether the path goes through an ``nn.Module``.
+        is_gradient: whether it is the ``.grad`` of a tensor.
+        is_number: whether it is a Python number that Dynamo passes as a tensor.
+    """
+
+    expression: str
+    root: str | None
+    path: tuple[Any, ...]
+    in_module: bool
+    is_gradient: bool
+    is_number: bool
+
+
+def input_source(placeholder: fx.Node) -> InputSource | None:
+    """Describe the source of a placeholder of Dynamo's graph; None when it has none."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    if source is None:
+        return None
+    chain = []
+    link = source
+    while link is not None:
+        chain.append(link)
+        link = getattr(link, "base", None)
+    kinds = [type(link).__name__ for link in chain]
+    grapharg = placeholder.meta.get("grapharg")
+    path = []
+    for link in reversed(chain[:-1]):
+        for attribute in ("index", "member"):
+            if hasattr(link, attribute):
+                path.append(getattr(link, attribute))
+    return InputSource(
+        expression=source.name() if callable(source.name) else source.name,
+        root=getattr(chain[-1], "local_name", None),
+        path=tuple(path),
+        in_module=any("Module" in kind or "ParamBuffer" in kind for kind in kinds),
+        is_gradient="GradSource" in kinds,
+        is_number=bool(grapharg is not None and grapharg.pass_arg_as_tensor),
+    )
+
+
+# --- Dynamo: the frame being compiled ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GraphBreak:
+    """A graph break: why, and where in the user's code."""
+
+    reason: str
+    location: str
+    line: int
+    function: str
+
+    @property
+    def summary(self) -> str:
+        """The first lines of Dynamo's reason, on one line."""
+        lines = [line.strip() for line in self.reason.splitlines() if line.strip()]
+        return " ".join(lines[:2])
+
+    def is_call_of(self, *methods: str) -> bool:
+        """Return whether the break is at a call of one of these methods."""
+        return any(method in self.reason for method in methods) or any(
+            f".{method.split('.')[-1]}(" in self.location for method in methods
+        )
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The Python frame whose graph Dynamo is compiling.
+
+    Attributes:
+        name: the user's function.
+        arguments: its argument names in order, with the names of ``*args`` and ``**kwargs``.
+        positional: its positional argument names, without ``self`` of a module.
+        resumed: whether the frame continues the function after a graph break.
+        rebound: arguments that the function assigns to.
+        earlier_breaks: the breaks before the point where the frame continues.
+        end: the break that ends the graph, or None when the function returns.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    positional: tuple[str, ...]
+    resumed: bool
+    rebound: frozenset[str]
+    earlier_breaks: tuple[GraphBreak, ...]
+    end: GraphBreak | None
+
+
+def current_frame(gm: fx.GraphModule) -> Frame:
+    """Describe the frame whose graph Dynamo hands to the backend."""
+    from torch._dynamo.resume_execution import ContinueExecutionCache
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+    from torch._dynamo.utils import graph_break_reasons
+
+    translator = InstructionTranslator.current_tx()
+    code: CodeType = translator.f_code
+    metadata = ContinueExecutionCache.generated_code_metadata.get(code)
+    original = code if metadata is None else metadata.code
+    arguments = _argument_names(original)
+    positional = arguments[: original.co_argcount]
+    if positional and isinstance(translator.f_locals.get(positional[0]), torch.nn.Module):
+        # vmap's in_dims count the arguments of a bound forward, not the module itself.
+        is_method = original.co_name in ("forward", "__call__")
+        positional = positional[1:] if is_method else positional
+    earlier: tuple[GraphBreak, ...] = ()
+    if metadata is not None:
+        line = int(code.co_name.rsplit("_at_", 1)[-1]) if "_at_" in code.co_name else 10**9
+        found = (_graph_break(reason) for reason in graph_break_reasons)
+        earlier = tuple(
+            broke
+            for broke in dict.fromkeys(found)
+            if broke.location.startswith(f"{original.co_filename}:")
+            and broke.function == original.co_name
+            and broke.line <= line
+        )
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    return Frame(
+        name=original.co_name,
+        arguments=arguments,
+        positional=positional,
+        resumed=metadata is not None,
+        rebound=frozenset(
+            instruction.argval
+            for instruction in dis.get_instructions(original)
+            if instruction.opname in ("STORE_FAST", "STORE_DEREF")
+        ),
+        earlier_breaks=earlier,
+        end=_graph_break(reason) if reason is not None and reason.graph_break else None,
+    )
+
+
+def _argument_names(code: CodeType) -> tuple[str, ...]:
+    count = code.co_argcount + code.co_kwonlyargcount
+    count += bool(code.co_flags & 0x04) + bool(code.co_flags & 0x08)
+    return code.co_varnames[:count]
+
+
+def _graph_break(reason: Any) -> GraphBreak:
+    # user_stack[0] is the frame that Dynamo compiles; the last entry is the line that broke it.
+    stack = reason.user_stack
+    if not stack:
+        return GraphBreak(reason.reason, "", 0, "")
+    outer, inner = stack[0], stack[-1]
+    return GraphBreak(
+        reason=reason.reason,
+        location=f"{inner.filename}:{inner.lineno}, code: {inner.line}",
+        line=outer.lineno or 0,
+        function=outer.name,
+    )
+
+
+def active_ddp_module() -> Any | None:
+    """Return the DistributedDataParallel module whose forward runs, if any."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    return DistributedDataParallel._get_active_ddp_module()
+
+
+# --- Dynamo: configuration ---------------------------------------------------------------------------
+
+_LOGGING_METHODS = ("debug", "info", "warning", "warning_once", "error", "critical", "log")
+
+
+@contextlib.contextmanager
+def strict_dynamo() -> Iterator[None]:
+    """Make Dynamo fail where it would run a frame without the compiler, and skip logger calls."""
+    # The switch is per process: the limit must not turn a private step into an eager one.
+    ignored = set(dynamo_config.ignore_logging_functions) | _logging_functions()
+    with dynamo_config.patch(
+        suppress_errors=False,
+        fail_on_recompile_limit_hit=True,
+        ignore_logging_functions=ignored,
+    ):
+        yield
+
+
+def _logging_functions() -> set[Callable[..., Any]]:
+    classes: set[type] = {logging.Logger, logging.RootLogger, logging.getLoggerClass()}
+    found = {
+        method
+        for cls in classes
+        for name in _LOGGING_METHODS
+        if callable(method := getattr(cls, name, None))
+    }
+    found |= {getattr(logging, name) for name in _LOGGING_METHODS if hasattr(logging, name)}
+    return found
+
+
+def require_strict_dynamo() -> None:
+    """Make later frames of this process fail rather than fall back to eager in silence."""
+    dynamo_config.suppress_errors = False
+    dynamo_config.fail_on_recompile_limit_hit = True
+
+
+def dynamo_traces_autograd() -> bool:
+    """Return whether Dynamo was told to trace ``backward()`` into its graph."""
+    return bool(getattr(dynamo_config, "trace_autograd_ops", False))
+
+
+# --- AOTAutograd and Inductor --------------------------------------------------------------------------
+
+
+def decompositions() -> Mapping[Any, Callable[..., Any]]:
+    """Return Inductor's decompositions: the operations a joint graph is made of."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    return select_decomp_table()
+
+
+def list_mode_options(mode: str) -> dict[str, Any]:
+    """Return Inductor's settings for a ``torch.compile`` mode."""
+    import torch._inductor
+
+    return dict(torch._inductor.list_mode_options(mode))
+
+
+def compile_with_inductor(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    joint_pass: CustomGraphPass,
+    settings: Mapping[str, Any],
+) -> Callable[..., Any]:
+    """Compile with Inductor; ``joint_pass`` sees the joint graph before it is partitioned."""
+    from torch._inductor.compile_fx import compile_fx
+
+    # AOTAutograd's cache would skip the pass in a second process. Inductor's own cache is keyed
+    # by the rewritten graphs, so it stays on.
+    with functorch_config.patch(enable_autograd_cache=False):
+        return compile_fx(
+            gm,
+            list(inputs),
+            config_patches={**settings, "joint_custom_pre_pass": joint_pass},
+        )
+
+
+def compile_without_codegen(
+    gm: fx.GraphModule, inputs: Sequence[Any], joint_pass: CustomGraphPass
+) -> Callable[..., Any]:
+    """Run the same rewritten graphs as they are, node by node."""
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+    def partition(joint: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+        joint_pass(joint.graph)
+        joint.recompile()
+        return min_cut_rematerialization_partition(joint, *args, **kwargs)
+
+    def run_as_is(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+        from torch._functorch.aot_autograd import make_boxed_func
+
+        return make_boxed_func(graph_module.forward)
+
+    compiler = aot_autograd(
+        fw_compiler=run_as_is,
+        partition_fn=partition,
+        decompositions=dict(decompositions()),
+    )
+    with functorch_config.patch(enable_autograd_cache=False):
+        return compiler(gm, list(inputs))
+
+
+def queue_backward_callback(callback: Callable[[], None]) -> None:
+    """Run a callback at the end of the backward pass that is under way."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)

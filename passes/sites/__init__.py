@@ -1,1 +1,24 @@
-"""Gradient sites, one file per kind."""
+"""Gradient sites, one file per kind. A new kind is a new file and one line in ``KINDS``."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from flashnorm_compile.passes.sites.base import Context, Cost, Site
+from flashnorm_compile.passes.sites.convolution import ConvolutionSite
+from flashnorm_compile.passes.sites.embedding import EmbeddingSite
+from flashnorm_compile.passes.sites.generic import GenericSite
+from flashnorm_compile.passes.sites.matmul import MatmulSite
+from flashnorm_compile.passes.sites.reduction import ReductionSite
+
+KINDS = (MatmulSite, ReductionSite, EmbeddingSite, ConvolutionSite, GenericSite)
+
+__all__ = ["KINDS", "Context", "Cost", "Site", "site_at"]
+
+
+def site_at(node: fx.Node, context: Context) -> Site | None:
+    """Return the site of a node where samples meet; None if it is no sum over samples."""
+    for kind in KINDS:
+        if (site := kind.match(node, context)) is not None:
+            return site
+    return None

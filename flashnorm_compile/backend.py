@@ -1,0 +1,249 @@
+"""The ``torch.compile`` backend: Dynamo's graph in, a private callable out."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple
+from typing import Any
+
+import torch
+from torch import fx
+
+from flashnorm_compile import _torch
+from flashnorm_compile.errors import PrivacyError
+from flashnorm_compile.options import Options
+from flashnorm_compile.passes.pipeline import Report, Request, make_private
+from flashnorm_compile.roles import Role, Roles, assign_roles
+from flashnorm_compile.runtime import PrivateGraph, StepState
+
+# torch.compile hands the same options object to the backend for every graph of a function; their
+# state goes with it, and keeps it alive (an id is unique only as long as its object lives).
+_states: dict[int, tuple[Mapping[str, Any], StepState]] = {}
+
+_ALLOWED_BREAKS = ("backward", "Optimizer.zero_grad", "optimizer.step", "zero_grad")
+
+
+def flashnorm(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """Compile one graph of a function; the backend named ``"flashnorm"``.
+
+    Args:
+        gm: Dynamo's graph.
+        inputs: its example inputs.
+        options: see ``flashnorm_compile.options.Options``; ``mode`` may be among them.
+        mode: a mode of Inductor ("max-autotune", "reduce-overhead").
+
+    Returns:
+        A callable with the graph's signature. A step that cannot be made private gives a callable
+        that raises ``PrivacyError``: an exception here could be turned into an eager run.
+    """
+    given = {} if options is None else options
+    if id(given) not in _states:
+        mode = given.get("mode", mode)
+        try:
+            validated = Options.from_mapping({k: v for k, v in given.items() if k != "mode"})
+        except PrivacyError as error:
+            return refusal(error)
+        _states[id(given)] = (given, StepState(validated))
+    return compile_graph(gm, inputs, _states[id(given)][1], given.get("mode", mode))
+
+
+def refusal(error: PrivacyError) -> Callable[..., Any]:
+    """Return a callable that raises the error, every time."""
+
+    def refuse(*_args: Any) -> Any:
+        raise PrivacyError(str(error)) from error
+
+    return refuse
+
+
+def compile_graph(
+    gm: fx.GraphModule, inputs: Sequence[Any], state: StepState, mode: str | None
+) -> Callable[..., Any]:
+    """Compile a graph: private if it computes gradients, as it is otherwise."""
+    _torch.require_strict_dynamo()
+    try:
+        frame = _torch.current_frame(gm)
+        if not _is_training(gm):
+            _refuse_hidden_autograd(gm)
+            return _compile(gm, inputs, _Pass(None, state), state.options, mode)
+        _refuse_splits(frame)
+        roles = assign_roles(gm.graph, frame, state.options.in_dims)
+        return _compile_training(gm, inputs, roles, state, mode)
+    except PrivacyError as error:
+        return refusal(error)
+
+
+def _compile_training(
+    gm: fx.GraphModule, inputs: Sequence[Any], roles: Roles, state: StepState, mode: str | None
+) -> Callable[..., Any]:
+    extended, extra = _append_state(gm, roles)
+    count = len(roles.inputs)
+    parameters = {
+        each.index: each.name
+        for each in roles.inputs
+        if each.role is Role.PARAMETER and each.requires_grad
+    }
+    request = Request(
+        parameters=parameters,
+        batch_dims={each.index: each.batch_dim for each in roles.inputs if each.batch_dim is not None},
+        names={each.index: each.name for each in roles.inputs},
+        batch_size=roles.batch_size,
+        probe=count,
+        key=count + 1,
+        scalars=count + 2,
+        loss_reduction=state.options.loss_reduction,
+        strategy=state.options.strategy,
+    )
+    joint_pass = _Pass(request, state)
+    compiled = _compile(extended, [*inputs, *extra], joint_pass, state.options, mode)
+    if joint_pass.error is not None:
+        return refusal(joint_pass.error)
+    first = roles.batch_input
+    assert first.batch_dim is not None
+    return PrivateGraph(compiled, state, first.index, first.batch_dim, list(parameters.items()))
+
+
+def _is_training(gm: fx.GraphModule) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    found: list[fx.Node] = []
+    fx.map_arg(gm.graph.output_node().args, found.append)
+    writes = [n for n in gm.graph.find_nodes(op="placeholder")]
+    return any(
+        isinstance(value := node.meta.get("example_value"), torch.Tensor) and value.requires_grad
+        for node in found
+        if node not in writes
+    )
+
+
+def _refuse_hidden_autograd(gm: fx.GraphModule) -> None:
+    """Refuse graphs in which Dynamo itself differentiates: no backward of ours would run."""
+    for node in gm.graph.nodes:
+        if node.target in (torch.autograd.grad, torch.autograd.backward):
+            raise PrivacyError(
+                "Dynamo traced autograd into the graph, so gradients would leave it as they are "
+                f"({_torch.source_location(node)}). Set torch._dynamo.config.trace_autograd_ops "
+                "to False."
+            )
+
+
+def _refuse_splits(frame: _torch.Frame) -> None:
+    end = frame.end
+    if end is not None and not end.is_call_of("backward"):
+        raise PrivacyError(
+            f"The forward of {frame.name} is split by a graph break at {end.location}: "
+            f"{end.summary} What follows the break would get gradients that are not private. "
+            "Remove the break, or move that line after backward()."
+        )
+    for broke in frame.earlier_breaks:
+        if not broke.is_call_of(*_ALLOWED_BREAKS):
+            raise PrivacyError(
+                f"A graph break before the forward of {frame.name}, at {broke.location}, hides "
+                f"what happened to the batch there: {broke.summary} Remove the break, or do that "
+                "work outside the compiled function."
+            )
+    if _torch.active_ddp_module() is not None:
+        raise PrivacyError(
+            "DistributedDataParallel averages gradients before they are clipped, and splits the "
+            "graph. Compile the module inside DistributedDataParallel's place: pass the bare "
+            "module to the step."
+        )
+
+
+def _append_state(gm: fx.GraphModule, roles: Roles) -> tuple[fx.GraphModule, list[torch.Tensor]]:
+    """Copy Dynamo's graph with three more inputs (probe, key, scalars) and one more output."""
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    first = placeholders[roles.batch_input.index]
+    device = first.meta["example_value"].device
+    fake_mode = _torch.detect_fake_mode([first.meta["example_value"]])
+    with fake_mode:
+        probe = torch.empty(roles.batch_size, device=device, requires_grad=True)
+        key = torch.zeros(2, dtype=torch.int64, device=device)
+        scalars = torch.zeros(3, dtype=torch.float32, device=device)
+    extra = {"flashnorm_probe": probe, "flashnorm_key": key, "flashnorm_scalars": scalars}
+    for node in gm.graph.nodes:
+        if node.op == "output":
+            continue
+        copy = graph.node_copy(node, mapping.__getitem__)
+        if hasattr(node, "_dynamo_source"):
+            copy._dynamo_source = node._dynamo_source
+        mapping[node] = copy
+        if node is placeholders[-1]:
+            added = []
+            for name, value in extra.items():
+                placeholder = graph.placeholder(name)
+                placeholder.meta["example_value"] = value
+                added.append(placeholder)
+    marker = graph.call_method("sum", (added[0],))
+    outputs = fx.map_arg(gm.graph.output_node().args[0], mapping.__getitem__)
+    output = graph.output((*outputs, marker))
+    output.meta = dict(gm.graph.output_node().meta)
+    extended = fx.GraphModule(gm, graph)
+    extended.meta = dict(gm.meta)
+    return extended, list(extra.values())
+
+
+class _Pass(_torch.CustomGraphPass):
+    """The rewrite, as Inductor calls it; an inference graph goes through untouched.
+
+    A refusal is kept rather than raised, so that the compiler's own error does not wrap it.
+    """
+
+    def __init__(self, request: Request | None, state: StepState) -> None:
+        self.request = request
+        self.state = state
+        self.error: PrivacyError | None = None
+
+    def __call__(self, graph: fx.Graph) -> None:
+        if self.request is None:
+            return
+        try:
+            report: Report | None = make_private(graph, self.request)
+        except PrivacyError as error:
+            self.error = error
+            return
+        if report is not None:
+            self.state.reports.append(report)
+
+    def uuid(self) -> str:
+        """Identify the rewrite: its sources, the options and the versions."""
+        request = "" if self.request is None else repr(self.request)
+        text = f"{_sources_digest()} {torch.__version__} {astuple(self.state.options)} {request}"
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+@functools.cache
+def _sources_digest() -> str:
+    import flashnorm_compile.kernels
+    import flashnorm_compile.passes
+
+    digest = hashlib.sha256()
+    for package in (flashnorm_compile, flashnorm_compile.passes, flashnorm_compile.kernels):
+        (folder,) = package.__path__
+        for path in sorted(pathlib.Path(folder).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _compile(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    joint_pass: _Pass,
+    options: Options,
+    mode: str | None,
+) -> Callable[..., Any]:
+    if options.lowering == "eager":
+        return _torch.compile_without_codegen(gm, inputs, joint_pass)
+    settings = _torch.list_mode_options(mode) if mode else {}
+    return _torch.compile_with_inductor(gm, inputs, joint_pass, settings)

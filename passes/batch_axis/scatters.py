@@ -1,0 +1,82 @@
+"""Gather, scatter and their kind: an index per entry, along one dim."""
+
+from __future__ import annotations
+
+from flashnorm_compile.passes.batch_axis.call import Call, shape_of
+from flashnorm_compile.passes.batch_axis.indexing import ACCUMULATES, GATHERS, WRITES
+from flashnorm_compile.passes.batch_axis.registry import rule
+from flashnorm_compile.passes.batch_axis.sizes import same
+from flashnorm_compile.passes.batch_axis.values import Batched, Constant, Value
+
+
+def _same_ndim(call: Call, *names: str) -> bool:
+    nodes = [call[name] for name in names if call.get(name) is not None]
+    return len({node.meta["val"].dim() for node in nodes}) == 1
+
+
+@rule("aten.gather", batched=None)
+def gather(call: Call) -> Value:
+    """out[.., i, ..] = self[.., index[.., i, ..], ..]; all other dims stay in place."""
+    if not _same_ndim(call, "self", "index"):
+        return call.mixed(GATHERS)
+    source = call.value(call["self"])
+    axis = call.join([source, call.value(call["index"])])
+    if not isinstance(axis, Batched) or isinstance(source, Constant):
+        return axis
+    if axis.dim == call.dim(call["dim"]):
+        return call.mixed(GATHERS)
+    whole = same(call.out_shape[axis.dim], call.shape[axis.dim])
+    return axis if whole else call.mixed("takes some of the samples")
+
+
+@rule("aten.scatter", "aten.scatter_add", "aten.scatter_reduce", batched=None)
+def scatter(call: Call) -> Value:
+    """self[.., index[.., i, ..], ..] = src[.., i, ..]; all other dims stay in place."""
+    src = call.get("src")
+    names = ("self", "index", "src") if src is not None else ("self", "index")
+    if not _same_ndim(call, *names):
+        return call.mixed(WRITES)
+    update = call.join([call.value(call["index"]), call.value(src)])
+    axis = call.join([call.value(call["self"]), update])
+    if not isinstance(axis, Batched) or isinstance(update, Constant):
+        return axis  # constants at constant places keep the axis of self
+    if axis.dim == call.dim(call["dim"]):
+        return call.mixed(WRITES if "add" not in str(call.node.target) else ACCUMULATES)
+    batched = call["index"] if isinstance(call.value(call["index"]), Batched) else src
+    whole = same(call.shape[axis.dim], shape_of(batched)[axis.dim])
+    return axis if whole else call.mixed(WRITES)
+
+
+@rule("aten.masked_scatter")
+def masked_scatter(call: Call) -> Value:
+    """Where a constant mask is on, writes constants (else samples would share a queue)."""
+    return call.aligned(call["self"], len(call.out_shape))
+
+
+@rule("aten.bucketize")
+def bucketize(call: Call) -> Value:
+    """Looks every entry up in constant boundaries."""
+    return call.x
+
+
+@rule("aten.searchsorted", batched=None)
+def searchsorted(call: Call) -> Value:
+    """Looks entries up in a sorted sequence: the same for all, or one per row."""
+    sequence = call["sorted_sequence"]
+    axes = [call.value(n) for n in (sequence, call.get("sorter")) if n is not None]
+    last = sequence.meta["val"].dim() - 1
+    if any(isinstance(axis, Batched) and axis.dim == last for axis in axes):
+        return call.mixed("searches across samples")
+    return call.join([*axes, call.value(call["self"])])
+
+
+@rule("aten.one_hot")
+def one_hot(call: Call) -> Value:
+    """Adds a last dim."""
+    return call.x
+
+
+@rule("aten.multinomial")
+def multinomial(call: Call) -> Value:
+    """Draws from each row."""
+    return call.mixed("draws among samples") if call.x.dim == call.ndim - 1 else call.x

@@ -1,0 +1,104 @@
+"""Write PyTorch code into a graph: trace a function on a graph's values and splice the result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from flashnorm_compile._torch import decompositions, detect_fake_mode
+
+
+class Emitter:
+    """Splices traced snippets into a joint graph.
+
+    Snippets are ordinary functions of tensors. They are traced with Inductor's decompositions, so
+    that the graph holds only operations that Inductor lowers, and marked as backward: a Gram
+    matrix of activations must not be computed, and kept, in the forward.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self._fake_mode = detect_fake_mode(
+            [node.meta["val"] for node in graph.nodes if "val" in node.meta]
+        )
+
+    def __call__(
+        self, function: Callable[..., Any], *args: Any, before: fx.Node, like: fx.Node | None = None
+    ) -> Any:
+        """Insert ``function(*args)`` before a node and return the node(s) of its result.
+
+        Args:
+            function: takes tensors for the nodes among ``args``; other args pass through.
+            args: nodes and plain values.
+            before: where the code goes.
+            like: the node whose source line the code carries (default: ``before``).
+        """
+        positions = [i for i, arg in enumerate(args) if isinstance(arg, fx.Node)]
+        nodes = [args[i] for i in positions]
+
+        def traced(*tensors: torch.Tensor) -> Any:
+            values = list(args)
+            for position, tensor in zip(positions, tensors, strict=True):
+                values[position] = tensor
+            return function(*values)
+
+        with self._fake_mode, torch.no_grad():
+            snippet = make_fx(traced, decomposition_table=dict(decompositions()))(
+                *(node.meta["val"] for node in nodes)
+            )
+        snippet.graph.eliminate_dead_code()
+        return self._splice(snippet, nodes, before, like or before)
+
+    def _splice(
+        self, snippet: fx.GraphModule, nodes: list[fx.Node], before: fx.Node, like: fx.Node
+    ) -> Any:
+        mapping: dict[fx.Node, Any] = dict(
+            zip(snippet.graph.find_nodes(op="placeholder"), nodes, strict=True)
+        )
+        with self.graph.inserting_before(before):
+            for node in snippet.graph.nodes:
+                if node.op == "call_function":
+                    copy = self.graph.node_copy(node, lambda source: mapping[source])
+                    copy.meta = {"val": node.meta["val"], **_provenance(like)}
+                    if "tensor_meta" in node.meta:
+                        copy.meta["tensor_meta"] = node.meta["tensor_meta"]
+                    mapping[node] = copy
+                elif node.op == "get_attr":
+                    raise AssertionError(
+                        f"a snippet made a tensor constant at {node.name}; build it from arguments"
+                    )
+        result = snippet.graph.output_node().args[0]
+        return torch.fx.map_arg(result, lambda source: mapping[source])
+
+
+def _provenance(like: fx.Node) -> dict[str, Any]:
+    kept = {key: like.meta[key] for key in ("stack_trace", "nn_module_stack") if key in like.meta}
+    return {"partitioner_tag": "must_be_in_backward", **kept}
+
+
+def half_matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Batched or plain matrix product with a float32 result.
+
+    Half-precision products accumulate in float32; keeping the result there costs nothing on a
+    GPU. Elsewhere the operands are converted first.
+
+    Args:
+        left: [..., m, k], 2-d to 4-d.
+        right: [..., k, n].
+    """
+    if left.dtype == torch.float32 or left.dtype == torch.float64:
+        return torch.matmul(left, right.to(left.dtype))
+    if not left.is_cuda:
+        return torch.matmul(left.float(), right.float())
+    right = right.to(left.dtype)
+    if left.ndim == 2:
+        return torch.ops.aten.mm.dtype(left, right, torch.float32)
+    lead = left.shape[:-2]
+    product = torch.ops.aten.bmm.dtype(
+        left.reshape(-1, *left.shape[-2:]), right.reshape(-1, *right.shape[-2:]), torch.float32
+    )
+    return product.reshape(*lead, *product.shape[-2:])

@@ -1,0 +1,117 @@
+"""A read-only view of AOTAutograd's joint graph: which node is which input, output, gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from flashnorm_compile._torch import descriptors
+from flashnorm_compile.errors import PrivacyError
+
+
+@dataclass(frozen=True)
+class JointGraph:
+    """The joint forward and backward graph.
+
+    Attributes:
+        graph: the FX graph.
+        inputs: placeholder by position of the input in Dynamo's graph.
+        tangents: placeholder of each output's incoming gradient → that forward output.
+        outputs: the user's forward outputs.
+        state_writes: input position → the value the step writes into that input.
+        gradients: input position → its gradient's position among the graph's outputs.
+    """
+
+    graph: fx.Graph
+    inputs: dict[int, fx.Node]
+    tangents: dict[fx.Node, fx.Node]
+    outputs: tuple[fx.Node, ...]
+    state_writes: dict[int, fx.Node]
+    gradients: dict[int, int]
+
+    @property
+    def output_node(self) -> fx.Node:
+        """The graph's output node."""
+        return self.graph.output_node()
+
+    def gradient(self, index: int) -> fx.Node:
+        """The node of the gradient of input ``index``."""
+        return self.output_values[self.gradients[index]]
+
+    @property
+    def output_values(self) -> list[fx.Node]:
+        """All values that the graph returns."""
+        return list(self.output_node.args[0])  # type: ignore[arg-type]
+
+    def replace_gradient(self, index: int, node: fx.Node) -> None:
+        """Return ``node`` as the gradient of input ``index``."""
+        values = self.output_values
+        values[self.gradients[index]] = node
+        container = self.output_node.args[0]
+        self.output_node.args = (tuple(values) if isinstance(container, tuple) else values,)
+
+
+def read_joint_graph(graph: fx.Graph) -> JointGraph | None:
+    """Read AOTAutograd's descriptors; None for a graph without a backward.
+
+    Raises:
+        PrivacyError: an input or output is of a kind that is not understood (a tensor subclass,
+            inputs that alias each other).
+    """
+    placeholders = graph.find_nodes(op="placeholder")
+    inputs: dict[int, fx.Node] = {}
+    tangent_of: dict[fx.Node, object] = {}
+    for node in placeholders:
+        match node.meta.get("desc"):
+            case descriptors.PlainAOTInput(idx=index):
+                inputs[index] = node
+            case descriptors.TangentAOTInput(output=output):
+                tangent_of[node] = output
+            case other if tangent_of or _has_tangents(placeholders):
+                raise PrivacyError(
+                    f"The step has an input that is not understood ({other}): inputs that share "
+                    "memory and tensor subclasses are not supported. Pass separate plain tensors."
+                )
+    if not tangent_of:
+        return None
+    values = list(graph.output_node().args[0])  # type: ignore[arg-type]
+    by_descriptor: dict[object, fx.Node] = {}
+    outputs: list[fx.Node] = []
+    writes: dict[int, fx.Node] = {}
+    gradients: dict[int, int] = {}
+    for position, (value, descriptor) in enumerate(
+        zip(values, graph.output_node().meta["desc"], strict=True)
+    ):
+        match descriptor:
+            case descriptors.GradAOTOutput(grad_of=descriptors.PlainAOTInput(idx=index)):
+                if value is not None:
+                    gradients[index] = position
+            case descriptors.InputMutationAOTOutput(
+                mutated_input=descriptors.PlainAOTInput(idx=index)
+            ):
+                writes[index] = value
+                by_descriptor[descriptor] = value
+            case descriptors.PlainAOTOutput() | descriptors.IntermediateBaseAOTOutput():
+                by_descriptor[descriptor] = value
+                if isinstance(value, fx.Node):
+                    outputs.append(value)
+            case None:
+                pass
+            case other:
+                raise PrivacyError(
+                    f"The step has an output that is not understood ({other}); tensor subclasses "
+                    "are not supported."
+                )
+    tangents = {}
+    for node, output in tangent_of.items():
+        if output not in by_descriptor:
+            raise PrivacyError(f"The gradient of the output {output} enters the step unexplained.")
+        tangents[node] = by_descriptor[output]
+    return JointGraph(graph, inputs, tangents, tuple(outputs), writes, gradients)
+
+
+def _has_tangents(placeholders: list[fx.Node]) -> bool:
+    return any(
+        isinstance(node.meta.get("desc"), descriptors.TangentAOTInput) for node in placeholders
+    )

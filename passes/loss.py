@@ -1,0 +1,368 @@
+"""The loss's tail: normalisers that count the whole batch, and how the loss reduces over samples.
+
+A token-mean loss divides by a count over the batch, so a sample's weight would depend on the
+others. Where the count depends on no parameter and scales nothing but the gradient's seed, the
+sample's own count takes its place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from flashnorm_compile._torch import size_expr, source_location
+from flashnorm_compile.errors import PrivacyError
+from flashnorm_compile.passes.batch_axis.analysis import Analysis
+from flashnorm_compile.passes.batch_axis.values import Batched, Constant, Mixed
+from flashnorm_compile.passes.emit import Emitter
+from flashnorm_compile.passes.joint import JointGraph
+from flashnorm_compile.passes.layout import SampleAxis
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+_COUNTS = {aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim}
+# 0-d arithmetic through which a count may reach the seed.
+_SCALAR_OPERATIONS = {
+    aten.add.Tensor,
+    aten.sub.Tensor,
+    aten.mul.Tensor,
+    aten.div.Tensor,
+    aten.div.Scalar,
+    aten.mul.Scalar,
+    aten.clamp.default,
+    aten.clamp_min.default,
+    aten.maximum.default,
+    aten.minimum.default,
+    aten.reciprocal.default,
+    aten.neg.default,
+    aten.where.self,
+    aten.eq.Scalar,
+    aten.ne.Scalar,
+    aten.gt.Scalar,
+    aten.lt.Scalar,
+    aten.clone.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.squeeze.default,
+    aten.squeeze.dims,
+    aten.squeeze.dim,
+    aten.unsqueeze.default,
+    aten.view.default,
+    aten.reshape.default,
+    prims.convert_element_type.default,
+    aten._to_copy.default,
+}
+_SPREADS = {aten.expand.default, aten.view.default, aten.reshape.default, aten.unsqueeze.default}
+
+
+@dataclass(frozen=True)
+class Ancestry:
+    """What each node of a joint graph is computed from."""
+
+    parameters: frozenset[fx.Node]
+    tangents: frozenset[fx.Node]
+
+    @classmethod
+    def of(cls, joint: JointGraph, parameters: set[int]) -> Ancestry:
+        """Mark the descendants of the trainable parameters and of the tangents."""
+        roots = {node for index, node in joint.inputs.items() if index in parameters}
+        return cls(
+            frozenset(_descendants(joint.graph, roots)),
+            frozenset(_descendants(joint.graph, set(joint.tangents))),
+        )
+
+
+def _descendants(graph: fx.Graph, roots: set[fx.Node]) -> set[fx.Node]:
+    reached = set(roots)
+    for node in graph.nodes:
+        if any(arg in reached for arg in node.all_input_nodes):
+            reached.add(node)
+    return reached
+
+
+def unreduce_normalisers(
+    joint: JointGraph,
+    analysis: Analysis,
+    ancestry: Ancestry,
+    emit: Emitter,
+    batch: fx.Node,
+    *,
+    mean: bool,
+) -> bool:
+    """Give each sample its own normaliser in the backward; the returned loss stays as it is.
+
+    Args:
+        joint: the joint graph, edited in place.
+        analysis: its batch-axis analysis.
+        ancestry: what depends on parameters and tangents.
+        emit: splices code.
+        batch: a [B] node.
+        mean: whether gradients are scaled by B later on; the sample's own count needs no such
+            factor, so it is taken out here.
+
+    Returns:
+        Whether anything changed (then the analysis must run again).
+    """
+    kinds = {term.averages for term in loss_terms(joint, analysis, ancestry) if term.normalised}
+    if len(kinds) > 1:
+        return False  # sums and means, each by a batch-wide count: refused as mixing
+    # A normalised sum is the sample's own loss as it is; a normalised mean still holds 1/B.
+    lifter = _Lifter(analysis, ancestry, emit, batch, correct=mean and kinds != {True})
+    for node in list(joint.graph.nodes):
+        if lifter.is_count(node):
+            lifter.lift_count(node)
+    if not lifter.vectors:
+        return False
+    for node in list(joint.graph.nodes):
+        lifter.visit(node)
+    joint.graph.eliminate_dead_code()
+    return lifter.changed
+
+
+class _Lifter:
+    """Carries each count's per-sample value [B] along the 0-d arithmetic that follows it.
+
+    ``vectors`` maps a node whose value is one number (0-d, one element, or that number expanded)
+    to the [B] node with each sample's own.
+    """
+
+    def __init__(
+        self,
+        analysis: Analysis,
+        ancestry: Ancestry,
+        emit: Emitter,
+        batch: fx.Node,
+        *,
+        correct: bool,
+    ) -> None:
+        self.analysis = analysis
+        self.ancestry = ancestry
+        self.emit = emit
+        self.batch = batch
+        self.correct = correct
+        self.vectors: dict[fx.Node, fx.Node] = {}
+        self.changed = False
+
+    def is_count(self, node: fx.Node) -> bool:
+        """Return whether a node reduces a batched value, free of parameters, to one number."""
+        if node.target not in _COUNTS or node in self.ancestry.tangents:
+            return False
+        if node in self.ancestry.parameters or not _is_one_number(node):
+            return False
+        operand = node.args[0]
+        return isinstance(self.analysis[operand], Batched)
+
+    def lift_count(self, node: fx.Node) -> None:
+        axis = SampleAxis.of(self.analysis[node.args[0]])
+        averages = node.target in (aten.mean.default, aten.mean.dim)
+        dtype = node.meta["val"].dtype
+
+        def code(x: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
+            own = axis.to_front(x, batch.shape[0]).flatten(1)
+            return own.mean(1, dtype=dtype) if averages else own.sum(1, dtype=dtype)
+
+        self.vectors[node] = self.emit(
+            code, node.args[0], self.batch, before=node.next, like=node
+        )
+
+    def visit(self, node: fx.Node) -> None:
+        lifted = [arg for arg in node.all_input_nodes if arg in self.vectors]
+        if not lifted or node in self.vectors:
+            return
+        others = [arg for arg in node.all_input_nodes if arg not in self.vectors]
+        in_backward = node in self.ancestry.tangents
+        if node in self.ancestry.parameters and not in_backward:
+            return  # the loss itself: returned as the user wrote it
+        if node.target in _SPREADS and in_backward and not others:
+            self.vectors[node] = self.vectors[lifted[0]]
+        elif node.target in _SCALAR_OPERATIONS and all(
+            _is_one_number(arg) and isinstance(self.analysis[arg], Constant) for arg in others
+        ):
+            self.vectors[node] = self._repeat(node)
+        elif in_backward:
+            self._meet_samples(node, lifted, others)
+
+    def _repeat(self, node: fx.Node) -> fx.Node:
+        """Emit the same 0-d operation on [B] vectors."""
+        if node.target in _SPREADS | {aten.squeeze.default, aten.squeeze.dims, aten.squeeze.dim}:
+            (lifted,) = (arg for arg in node.all_input_nodes if arg in self.vectors)
+            return self.vectors[lifted]
+        arguments = node.all_input_nodes
+        vectors = [self.vectors.get(arg, arg) for arg in arguments]
+        flat = [arg not in self.vectors for arg in arguments]
+
+        def code(*values: torch.Tensor) -> Any:
+            shaped = [v.reshape(()) if one else v for v, one in zip(values, flat, strict=True)]
+            substitution = dict(zip(arguments, shaped, strict=True))
+            args = fx.map_arg(node.args, substitution.__getitem__)
+            kwargs = fx.map_arg(node.kwargs, substitution.__getitem__)
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+
+        return self.emit(code, *vectors, before=node.next, like=node)
+
+    def _meet_samples(
+        self, node: fx.Node, lifted: list[fx.Node], others: list[fx.Node]
+    ) -> None:
+        """Where the seed meets a batched value, put each sample's own number in its place."""
+        rank = node.meta["val"].ndim if isinstance(node.meta.get("val"), torch.Tensor) else -1
+        axes = {
+            value.at(value.dim + rank - arg.meta["val"].ndim)
+            for arg in others
+            if isinstance(value := self.analysis[arg], Batched)
+        }
+        if torch.Tag.pointwise not in getattr(node.target, "tags", ()) or len(axes) != 1:
+            return  # stays mixed, and is refused if it reaches a gradient
+        axis = SampleAxis.of(axes.pop())
+        if any(arg not in self.ancestry.tangents for arg in lifted):
+            return
+        correct = self.correct
+        reference = next(arg for arg in others if isinstance(self.analysis[arg], Batched))
+        for arg in lifted:
+
+            def code(
+                vector: torch.Tensor, one: torch.Tensor, reference: torch.Tensor
+            ) -> torch.Tensor:
+                if correct:
+                    vector = vector / vector.shape[0]
+                size = reference.shape[axis.dim - rank]
+                shape = (size,) + (1,) * (rank - axis.dim - 1)
+                own = axis.spread(vector, vector.new_empty(1).expand(*(1,) * axis.dim, *shape))
+                # A sample that counts nothing has no gradient; its own number may be infinite.
+                own = torch.where(torch.isfinite(own), own, torch.zeros_like(own))
+                return own.to(one.dtype)
+
+            shaped = self.emit(
+                code, self.vectors[arg], arg, reference, before=node, like=node
+            )
+            node.replace_input_with(arg, shaped)
+            self.changed = True
+
+
+def _is_one_number(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return True
+    return all(size_expr(size) == 1 for size in value.shape)
+
+
+@dataclass(frozen=True)
+class Term:
+    """One reduction over samples in the loss: ``factor`` · reduce(batched), perhaps / count.
+
+    Attributes:
+        node: the reduction.
+        averages: whether it is a mean.
+        factor: the constant in front of the batched value, the mean's 1/size included.
+        normalised: whether it is divided by a count that depends on the batch.
+    """
+
+    node: fx.Node
+    averages: bool
+    factor: sympy.Expr
+    normalised: bool
+
+
+def loss_terms(joint: JointGraph, analysis: Analysis, ancestry: Ancestry) -> list[Term]:
+    """Follow each scalar loss back through its linear tail to the reductions over samples."""
+    terms: list[Term] = []
+    pending = [
+        (output, sympy.Integer(1), False)
+        for output in dict.fromkeys(joint.tangents.values())
+        if isinstance(analysis[output], Mixed) and _is_one_number(output)
+    ]
+    while pending:
+        node, factor, normalised = pending.pop()
+        if not isinstance(analysis[node], Mixed):
+            continue
+        if node.target in _COUNTS and isinstance(analysis[node.args[0]], Batched):
+            averages = node.target in (aten.mean.default, aten.mean.dim)
+            if averages:
+                factor = factor * _reduced_size(node)
+            terms.append(Term(node, averages, factor, normalised))
+            continue
+        for arg in node.all_input_nodes:
+            step = _factor(node, arg, analysis, ancestry)
+            if step is not None:
+                pending.append((arg, factor * step[0], normalised or step[1]))
+    return terms
+
+
+def check_reduction(
+    joint: JointGraph, analysis: Analysis, ancestry: Ancestry, *, mean: bool
+) -> None:
+    """Check the declared reduction against the loss.
+
+    A loss that is declared a mean but is a sum would weigh a sample by the size of its batch.
+    With a batch size that is a plain number, a division by it cannot be told from any other
+    constant; the check is exact as soon as the size varies.
+
+    Raises:
+        PrivacyError: the declared reduction is not the loss's.
+    """
+    batch = analysis.batch_size
+    for term in loss_terms(joint, analysis, ancestry):
+        if term.normalised:
+            continue  # each sample has its own count
+        if batch.is_Integer:
+            fits = term.averages == mean or (mean and term.factor != 1)
+        else:
+            scaled = sympy.simplify(term.factor * batch) if mean else term.factor
+            fits = batch not in scaled.free_symbols
+        if not fits:
+            declared, other = ("mean", "sum") if mean else ("sum", "mean")
+            raise PrivacyError(
+                f'The loss is declared loss_reduction="{declared}", but it does not reduce over '
+                f"samples like that: in a batch of {batch}, each sample's loss has the factor "
+                f"{term.factor}. It is at {source_location(term.node)}. Declare "
+                f'loss_reduction="{other}", or reduce with .{declared}() over the batch.'
+            )
+
+
+def _reduced_size(node: fx.Node) -> sympy.Expr:
+    """1 / the number of elements that a mean averages."""
+    before, after = node.args[0].meta["val"], node.meta["val"]  # type: ignore[union-attr]
+    return size_expr(after.numel()) / size_expr(before.numel())
+
+
+def _factor(
+    node: fx.Node, arg: fx.Node, analysis: Analysis, ancestry: Ancestry
+) -> tuple[sympy.Expr, bool] | None:
+    """How a node of the loss's tail scales one argument: (number, whether a count divides it)."""
+    one = sympy.Integer(1)
+    if node.target in (aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar):
+        other = node.args[1] if node.args[0] is arg else node.args[0]
+        divides = node.target in (aten.div.Tensor, aten.div.Scalar)
+        if divides and node.args[0] is not arg:
+            return None
+        if isinstance(other, fx.Node) and isinstance(analysis[other], Mixed):
+            # Only a count that no parameter moves leaves the loss linear.
+            return None if other in ancestry.parameters else (one, True)
+        number = _number(other)
+        return (1 / number if divides else number), False
+    if node.target in _COUNTS and not isinstance(analysis[arg], Batched):
+        return one, False
+    if node.target is aten.where.self and arg is node.args[0]:
+        return None
+    if node in ancestry.parameters and arg not in ancestry.parameters:
+        return None  # an addend that no parameter moves has no gradient
+    return one, False
+
+
+def _number(value: Any) -> sympy.Expr:
+    """A scalar as an expression; a symbol of its own for a tensor that no batch size enters."""
+    if isinstance(value, fx.Node):
+        if value.target is aten.scalar_tensor.default:
+            return _number(value.args[0])
+        value = value.meta.get("val")
+    if isinstance(value, torch.SymInt):
+        return size_expr(value)
+    if isinstance(value, torch.SymFloat):
+        return value.node.expr
+    if isinstance(value, (int, float)):
+        return sympy.nsimplify(value, rational=True)
+    return sympy.Dummy("constant", nonzero=True)

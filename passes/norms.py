@@ -1,0 +1,153 @@
+"""Per-sample squared norms of every parameter's gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from flashnorm_compile.passes.gradient_sites import CASTS, ParameterGradient
+from flashnorm_compile.passes.plan import Plan, pair
+from flashnorm_compile.passes.sites import Context
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Norms:
+    """What the norm pass leaves in the graph.
+
+    Attributes:
+        squares: one [B] float32 node per parameter.
+        per_sample: input index → per-sample gradients [B, *shape], for materialised parameters.
+    """
+
+    squares: list[fx.Node]
+    per_sample: dict[int, fx.Node]
+
+
+def insert_norms(
+    gradients: list[ParameterGradient], plan: Plan, context: Context, scale: fx.Node
+) -> Norms:
+    """Insert the squared norms, each by the strategy of the plan.
+
+    Args:
+        gradients: the gradients and their sites.
+        plan: the strategies.
+        context: what sites need.
+        scale: 0-d; g_i is ``scale`` times what the graph holds (B for a mean loss).
+    """
+    squares: list[fx.Node] = []
+    per_sample: dict[int, fx.Node] = {}
+    for gradient in gradients:
+        if plan.strategy(gradient.index) == "ghost":
+            squares.extend(_ghost(gradient))
+            continue
+        samples = materialize(gradient, context, scale)
+        per_sample[gradient.index] = samples
+        squares.append(context.emit(_square_norm, samples, before=samples.next, like=samples))
+    return Norms(squares, per_sample)
+
+
+def _square_norm(samples: torch.Tensor) -> torch.Tensor:
+    return samples.float().square().flatten(1).sum(1)
+
+
+def _ghost(gradient: ParameterGradient) -> list[fx.Node]:
+    """‖Σ_k g_k‖² = Σ_k ‖g_k‖² + 2 Σ_{k<l} ⟨g_k, g_l⟩."""
+    sites = gradient.sites
+    squares = [site.ghost() for site in sites]
+    for i, second in enumerate(sites):
+        for first in sites[:i]:
+            known, other = pair(first, second)
+            product = known.inner_product(
+                other, bool(gradient.orientation(known)), bool(gradient.orientation(other))
+            )
+            emit = known.context.emit
+            squares.append(emit(lambda x: 2 * x, product, before=product.next, like=product))
+    return squares
+
+
+def materialize(gradient: ParameterGradient, context: Context, scale: fx.Node) -> fx.Node:
+    """Emit a parameter's per-sample gradients [B, *shape], divided by ``scale``."""
+    samples = [site.per_sample() for site in gradient.sites]
+    if not gradient.tail and not gradient.affine:
+        return samples[0]
+    if not samples:
+        return _constant_samples(gradient, context, scale)
+    constants = tail_constants(gradient)
+    first_output = gradient.output if gradient.tail else gradient.sites[-1].node
+
+    def code(scale: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
+        per_sample, fixed = values[: len(samples)], values[len(samples) :]
+
+        def tail(*sites: torch.Tensor) -> torch.Tensor:
+            return run_tail(gradient, sites, fixed)
+
+        result = torch.func.vmap(tail)(*per_sample)
+        if gradient.affine:
+            # The constant part is not scaled with the samples' share: add k/scale in place of k.
+            constant = tail(*(torch.zeros_like(x[0]) for x in per_sample))
+            result = result + constant * (1 / scale - 1)
+        return result
+
+    return context.emit(
+        code, scale, *samples, *constants, before=first_output.next, like=gradient.output
+    )
+
+
+def _constant_samples(
+    gradient: ParameterGradient, context: Context, scale: fx.Node
+) -> fx.Node:
+    """A gradient that depends on no sample is part of every sample's gradient."""
+
+    def code(scale: torch.Tensor, batch: torch.Tensor, constant: torch.Tensor) -> torch.Tensor:
+        return (constant.float() / scale).expand(batch.shape[0], *constant.shape)
+
+    return context.emit(
+        code, scale, context.batch, gradient.output, before=gradient.output.next
+    )
+
+
+def tail_constants(gradient: ParameterGradient) -> list[fx.Node]:
+    """The values that the tail reads beside the sites."""
+    inside = {site.node for site in gradient.sites} | set(gradient.tail)
+    return list(
+        dict.fromkeys(
+            arg for node in gradient.tail for arg in node.all_input_nodes if arg not in inside
+        )
+    )
+
+
+def run_tail(
+    gradient: ParameterGradient,
+    sites: tuple[torch.Tensor, ...],
+    constants: tuple[torch.Tensor, ...],
+) -> torch.Tensor:
+    """Run the nodes from the sites to the gradient, in the precision of the sites' values."""
+    values: dict[fx.Node, torch.Tensor] = dict(zip(tail_constants(gradient), constants, strict=True))
+    values |= {site.node: x for site, x in zip(gradient.sites, sites, strict=True)}
+    for node in gradient.tail:
+        if node.target in CASTS:
+            # Narrowing belongs after the noise.
+            values[node] = values[node.args[0]]  # type: ignore[index]
+            continue
+        args = fx.map_arg(node.args, values.__getitem__)
+        kwargs = fx.map_arg(node.kwargs, values.__getitem__)
+        values[node] = _call(node, args, kwargs)
+    return values[gradient.output]
+
+
+def _call(node: fx.Node, args: tuple, kwargs: dict) -> torch.Tensor:  # type: ignore[type-arg]
+    if node.target is aten.index_put.default:
+        base, indices, values, *rest = args
+        return aten.index_put(base.to(values.dtype), indices, values, *rest)
+    if node.target in (aten.slice_scatter.default, aten.select_scatter.default):
+        base, values, *rest = args
+        return node.target(base.to(values.dtype), values, *rest)
+    if node.target in (aten.mm.default, aten.bmm.default, aten.mv.default):
+        wide = torch.promote_types(args[0].dtype, args[1].dtype)
+        return node.target(args[0].to(wide), args[1].to(wide))
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+

@@ -1,0 +1,229 @@
+"""Embedding tables: gradients scattered by token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from flashnorm_compile.passes.batch_axis.values import Batched
+from flashnorm_compile.passes.emit import half_matmul
+from flashnorm_compile.passes.layout import SampleAxis, masked_scale
+from flashnorm_compile.passes.sites.base import Context, Cost, Site, hint, later
+from flashnorm_compile.passes.sites.generic import is_zero_fill
+from flashnorm_compile.passes.sites.matmul import MatmulSite
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class _Scatter:
+    """rows[token] += gradient, with an optional mask of the tokens that count."""
+
+    tokens: fx.Node
+    gradients: fx.Node
+    mask: fx.Node | None = None
+    padding_idx: int = -1
+
+
+def _read(node: fx.Node) -> _Scatter | None:
+    """Read the forms in which torch writes an embedding's backward."""
+    if node.target == aten.embedding_dense_backward.default:
+        gradients, tokens, _, padding_idx, scale_by_frequency = node.args
+        # Scaling by frequency counts the whole batch's tokens: not a sum over samples.
+        return None if scale_by_frequency else _Scatter(tokens, gradients, None, padding_idx)
+    if node.target == aten.index_put.default:
+        _, indices, values, *accumulate = node.args
+        if accumulate != [True] or not is_zero_fill(node.args[0]):
+            return None
+        return _Scatter(indices[0], values) if len(indices) == 1 else None
+    if node.target == aten._unsafe_masked_index_put_accumulate.default:
+        _, mask, indices, values = node.args
+        if not is_zero_fill(node.args[0]) or len(indices) != 1:
+            return None
+        return _Scatter(indices[0], values, mask)
+    return None
+
+
+class EmbeddingSite(Site):
+    """A scatter of gradient rows [tokens..., d] into a table [V, d] by batched token indices."""
+
+    kind: ClassVar[str] = "embedding"
+
+    def __init__(self, node: fx.Node, context: Context, scatter: _Scatter) -> None:
+        super().__init__(node, context)
+        self.scatter = scatter
+        value = context.analysis[scatter.gradients]
+        self.axis = SampleAxis.of(value)
+        self.rows = node.meta["val"].shape[0]
+
+    @classmethod
+    def match(cls, node: fx.Node, context: Context) -> EmbeddingSite | None:
+        """Recognise the site: plain rows, and indices batched as the gradients are."""
+        scatter = _read(node)
+        if scatter is None or node.meta["val"].ndim != 2:
+            return None
+        gradients = context.analysis[scatter.gradients]
+        tokens = context.analysis[scatter.tokens]
+        dims = scatter.gradients.meta["val"].ndim - 1
+        if scatter.tokens.meta["val"].ndim != dims or not isinstance(gradients, Batched):
+            return None
+        if gradients.dim >= dims or (isinstance(tokens, Batched) and tokens != gradients):
+            return None
+        if scatter.mask is not None:
+            mask, value = context.analysis[scatter.mask], scatter.mask.meta["val"]
+            # The mask broadcasts over d, as [tokens..., 1] or [tokens..., d].
+            if value.ndim != dims + 1 or (isinstance(mask, Batched) and mask != gradients):
+                return None
+        return cls(node, context, scatter)
+
+    def per_sample(self) -> fx.Node:
+        """Emit [B, V, d]."""
+
+        def code(batch: torch.Tensor, *operands: torch.Tensor) -> torch.Tensor:
+            tokens, gradients = self._sample_major(batch.shape[0], *operands)
+            samples, _, width = gradients.shape
+            table = torch.zeros(
+                samples, self.rows, width, dtype=gradients.dtype, device=gradients.device
+            )
+            return table.scatter_add(1, tokens.unsqueeze(-1).expand_as(gradients), gradients)
+
+        return self._emit(code)
+
+    def weighted(self, weights: fx.Node, before: fx.Node) -> fx.Node:
+        """Emit the scatter of the scaled rows."""
+
+        def code(weights: torch.Tensor, *operands: torch.Tensor) -> torch.Tensor:
+            tokens, gradients = self._sample_major(weights.shape[0], *operands)
+            gradients = masked_scale(SampleAxis(0, 1, 1), gradients, weights, scale=True)
+            width = gradients.shape[-1]
+            table = torch.zeros(self.rows, width, dtype=gradients.dtype, device=gradients.device)
+            return torch.ops.aten.index_put(
+                table, [tokens.reshape(-1)], gradients.reshape(-1, width), True
+            )
+
+        return self.context.emit(code, weights, *self._operands(), before=before, like=self.node)
+
+    def ghost(self) -> fx.Node:
+        """Emit ‖·‖² = Σ_{t,s} [token_t = token_s] ⟨g_t, g_s⟩."""
+
+        def code(batch: torch.Tensor, *operands: torch.Tensor) -> torch.Tensor:
+            tokens, gradients = self._sample_major(batch.shape[0], *operands)
+            return _matching(tokens, gradients, tokens, gradients)
+
+        return self._emit(code)
+
+    def has_inner_product(self, other: Site) -> bool:
+        """Know other scatters and output heads."""
+        if isinstance(other, EmbeddingSite):
+            return True
+        return isinstance(other, MatmulSite) and other.node.meta["val"].ndim == 2
+
+    def inner_product(self, other: Site, transposed: bool, other_transposed: bool) -> fx.Node:
+        """Emit the inner product with another scatter, or with an output head's product."""
+        if isinstance(other, EmbeddingSite):
+            assert transposed == other_transposed
+            return self._with_embedding(other)
+        assert isinstance(other, MatmulSite)
+        return self._with_matmul(other, transposed != other_transposed)
+
+    def materialize_cost(self) -> Cost:
+        """Clear, scatter into and read a table per sample."""
+        batch = hint(self.context.batch.meta["val"].shape[0])
+        return Cost(flops=0.0, bytes=16.0 * batch * hint(self.node.meta["val"].numel()))
+
+    def ghost_cost(self) -> Cost:
+        """One Gram matrix over the sample's tokens."""
+        batch = hint(self.context.batch.meta["val"].shape[0])
+        width = hint(self.node.meta["val"].shape[1])
+        tokens = hint(self.scatter.tokens.meta["val"].numel()) / batch
+        return Cost(
+            flops=2.0 * batch * tokens**2 * width,
+            bytes=batch * (12.0 * tokens**2 + 8.0 * tokens * width),
+        )
+
+    def _with_embedding(self, other: EmbeddingSite) -> fx.Node:
+        count = len(self._operands())
+
+        def code(batch: torch.Tensor, *operands: torch.Tensor) -> torch.Tensor:
+            first = self._sample_major(batch.shape[0], *operands[:count])
+            second = other._sample_major(batch.shape[0], *operands[count:])
+            return _matching(*first, *second)
+
+        return self.context.emit(
+            code,
+            self.context.batch,
+            *self._operands(),
+            *other._operands(),
+            before=later(self.node, other.node),
+        )
+
+    def _with_matmul(self, other: MatmulSite, other_transposed: bool) -> fx.Node:
+        """Σ_{s,t} head_gradient[t, token_s]·⟨activation_t, g_s⟩: columns gathered by token."""
+
+        def code(
+            batch: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *operands: torch.Tensor
+        ) -> torch.Tensor:
+            tokens, gradients = self._sample_major(batch.shape[0], *operands)
+            left, right = other._sample_major(left, right, batch.shape[0])
+            if other_transposed:
+                left, right = right.mT, left.mT
+            # left [B, V, T], right [B, T, d]; tokens [B, S], gradients [B, S, d].
+            index = tokens.unsqueeze(-1).expand(*tokens.shape, left.shape[-1])
+            gathered = left.gather(1, index)
+            return (gathered * half_matmul(gradients, right.mT)).flatten(1).sum(1)
+
+        return self.context.emit(
+            code,
+            self.context.batch,
+            other.left,
+            other.right,
+            *self._operands(),
+            before=later(self.node, other.node),
+        )
+
+    def _operands(self) -> list[fx.Node]:
+        scatter = self.scatter
+        operands = [scatter.tokens, scatter.gradients]
+        return operands if scatter.mask is None else [*operands, scatter.mask]
+
+    def _emit(self, code: Callable[..., torch.Tensor]) -> fx.Node:
+        return self.context.emit(code, self.context.batch, *self._operands(), before=self.node)
+
+    def _sample_major(
+        self,
+        batch_size: int,
+        tokens: torch.Tensor,
+        gradients: torch.Tensor,
+        mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return tokens [B, T], non-negative, and gradient rows [B, T, d] in float32."""
+        zero = torch.zeros((), dtype=gradients.dtype, device=gradients.device)
+        if mask is not None:
+            gradients = torch.where(mask, gradients, zero)
+        if self.scatter.padding_idx >= 0:
+            padding = (tokens == self.scatter.padding_idx).unsqueeze(-1)
+            gradients = torch.where(padding, zero, gradients)
+        tokens = torch.where(tokens < 0, tokens + self.rows, tokens)
+        # A masked row may carry any index; it adds zero wherever it lands.
+        tokens = tokens.clamp(0, self.rows - 1)
+        tokens = tokens.expand(gradients.shape[:-1])
+        width = gradients.shape[-1]
+        if gradients.dtype in (torch.bfloat16, torch.float16):
+            gradients = gradients.float()
+        tokens = self.axis.to_front(tokens, batch_size).reshape(batch_size, -1)
+        return tokens, self.axis.to_front(gradients, batch_size).reshape(batch_size, -1, width)
+
+
+def _matching(
+    tokens: torch.Tensor, rows: torch.Tensor, tokens2: torch.Tensor, rows2: torch.Tensor
+) -> torch.Tensor:
+    """Σ over pairs of equal tokens of ⟨row, row2⟩: [B, T], [B, T, d], [B, S], [B, S, d] → [B]."""
+    same = tokens.unsqueeze(2) == tokens2.unsqueeze(1)
+    gram = torch.matmul(rows, rows2.mT)
+    zero = torch.zeros((), dtype=gram.dtype, device=gram.device)
+    return torch.where(same, gram, zero).flatten(1).sum(1)
+

@@ -1,0 +1,153 @@
+"""Matrix products that contract the batch axis: the weights of linear layers.
+
+The gradient of a weight is Σ_i L_i R_i with L_i [m, T] and R_i [T, n] the sample's own columns
+and rows. Its squared norm needs no gradient (Goodfellow 2015; Li et al. 2021, arXiv 2110.05679):
+
+    ‖L_i R_i‖² = Σ_{t,s} (L_iᵀ L_i)_{ts} (R_i R_iᵀ)_{ts}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from flashnorm_compile.passes.batch_axis.values import Batched
+from flashnorm_compile.passes.emit import half_matmul
+from flashnorm_compile.passes.layout import SampleAxis, masked_scale
+from flashnorm_compile.passes.sites.base import Context, Cost, Site, hint, later
+
+aten = torch.ops.aten
+_OPERATIONS = {aten.mm.default, aten.bmm.default}
+
+
+class MatmulSite(Site):
+    """``mm`` or ``bmm`` whose contracted dim holds the samples."""
+
+    kind: ClassVar[str] = "matmul"
+
+    def __init__(self, node: fx.Node, context: Context) -> None:
+        super().__init__(node, context)
+        self.left, self.right = node.args[0], node.args[1]
+        left_value, right_value = context.analysis[self.left], context.analysis[self.right]
+        ndim = node.meta["val"].ndim
+        value = left_value if isinstance(left_value, Batched) else right_value
+        self.left_axis = SampleAxis.of(Batched(ndim - 1, value.outer, value.inner))
+        self.right_axis = SampleAxis.of(Batched(ndim - 2, value.outer, value.inner))
+
+    @classmethod
+    def match(cls, node: fx.Node, context: Context) -> MatmulSite | None:
+        """Recognise the site."""
+        if node.target not in _OPERATIONS:
+            return None
+        ndim = node.meta["val"].ndim
+        wanted = {node.args[0]: ndim - 1, node.args[1]: ndim - 2}
+        for operand, dim in wanted.items():
+            value = context.analysis[operand]
+            if isinstance(value, Batched) and value.dim != dim:
+                return None
+        return cls(node, context)
+
+    def per_sample(self) -> fx.Node:
+        """Emit [B, (b,) m, n]."""
+
+        def code(left: torch.Tensor, right: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
+            return torch.matmul(*self._sample_major(left, right, batch.shape[0]))
+
+        return self._emit(code, self.left, self.right)
+
+    def weighted(self, weights: fx.Node, before: fx.Node) -> fx.Node:
+        """Emit (c∘L) R, scaling the narrower operand."""
+        scale_left = self._width(self.left, -2) <= self._width(self.right, -1)
+
+        def code(left: torch.Tensor, right: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            return half_matmul(
+                masked_scale(self.left_axis, left, weights, scale=scale_left),
+                masked_scale(self.right_axis, right, weights, scale=not scale_left),
+            )
+
+        return self.context.emit(
+            code, self.left, self.right, weights, before=before, like=self.node
+        )
+
+    def ghost(self) -> fx.Node:
+        """Emit squared norms by Gram matrices, [B, T, T] each; no T×T matrix where T is 1."""
+
+        def code(left: torch.Tensor, right: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
+            left, right = self._sample_major(left, right, batch.shape[0])
+            if left.shape[-1] == 1:
+                squares = left.float().square().sum(-2) * right.float().square().sum(-1)
+                return squares.flatten(1).sum(1)
+            grams = half_matmul(left.mT, left) * half_matmul(right, right.mT)
+            return grams.flatten(1).sum(1)
+
+        return self._emit(code, self.left, self.right)
+
+    def has_inner_product(self, other: Site) -> bool:
+        """Know plain matrix products."""
+        plain = self.node.meta["val"].ndim == 2
+        return plain and isinstance(other, MatmulSite) and other.node.meta["val"].ndim == 2
+
+    def inner_product(self, other: Site, transposed: bool, other_transposed: bool) -> fx.Node:
+        """Emit ⟨L₁R₁, L₂R₂⟩ = Σ (L₁ᵀL₂)∘(R₁R₂ᵀ), the second swapped if stored transposed."""
+        assert isinstance(other, MatmulSite)
+        swap = transposed != other_transposed
+
+        def code(
+            left: torch.Tensor,
+            right: torch.Tensor,
+            left2: torch.Tensor,
+            right2: torch.Tensor,
+            batch: torch.Tensor,
+        ) -> torch.Tensor:
+            left, right = self._sample_major(left, right, batch.shape[0])
+            left2, right2 = other._sample_major(left2, right2, batch.shape[0])
+            if swap:
+                left2, right2 = right2.mT, left2.mT
+            return (half_matmul(left.mT, left2) * half_matmul(right, right2.mT)).flatten(1).sum(1)
+
+        return self.context.emit(
+            code,
+            self.left,
+            self.right,
+            other.left,
+            other.right,
+            self.context.batch,
+            before=later(self.node, other.node),
+        )
+
+    def materialize_cost(self) -> Cost:
+        """No extra FLOPs: the product over all samples is replaced by one per sample."""
+        return Cost(flops=0.0, bytes=3.0 * self._element_size() * self._gradient_elements())
+
+    def ghost_cost(self) -> Cost:
+        """Two Gram matrices, and the weighted operands written once more."""
+        batch = hint(self.context.batch.meta["val"].shape[0])
+        lead = self._gradient_elements() / batch
+        m, n = self._width(self.left, -2), self._width(self.right, -1)
+        tokens = hint(self.left.meta["val"].shape[-1]) / batch
+        copies = 2.0 * self._element_size() * batch * tokens * (m + n)
+        grams = 3.0 * 4.0 * batch * tokens**2
+        return Cost(
+            flops=2.0 * batch * tokens**2 * (m + n) * (lead / (m * n)), bytes=copies + grams
+        )
+
+    def _sample_major(
+        self, left: torch.Tensor, right: torch.Tensor, batch_size: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.left_axis.slices(left, batch_size), self.right_axis.slices(right, batch_size)
+
+    def _emit(self, code: Callable[..., torch.Tensor], left: fx.Node, right: fx.Node) -> fx.Node:
+        context = self.context
+        return context.emit(code, left, right, context.batch, before=self.node)
+
+    def _width(self, operand: fx.Node, dim: int) -> int:
+        return hint(operand.meta["val"].shape[dim])
+
+    def _element_size(self) -> int:
+        return self.left.meta["val"].element_size()
+
+    def _gradient_elements(self) -> float:
+        return hint(self.node.meta["val"].numel()) * hint(self.context.batch.meta["val"].shape[0])

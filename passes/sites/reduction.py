@@ -1,0 +1,70 @@
+"""Sums over the batch: biases, norm scales, position embeddings, any broadcast parameter."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from flashnorm_compile.passes.batch_axis.values import Batched
+from flashnorm_compile.passes.layout import SampleAxis, masked_scale
+from flashnorm_compile.passes.sites.base import Context, Cost, Site, hint, numel
+
+aten = torch.ops.aten
+
+
+class ReductionSite(Site):
+    """``sum`` over dims that include the batch axis."""
+
+    kind: ClassVar[str] = "reduction"
+
+    def __init__(self, node: fx.Node, context: Context) -> None:
+        super().__init__(node, context)
+        self.operand = node.args[0]
+        ndim = self.operand.meta["val"].ndim
+        dims = node.args[1] if len(node.args) > 1 and node.args[1] else range(ndim)
+        self.dims = sorted(dim % ndim for dim in dims)
+        self.keepdim = bool(node.args[2]) if len(node.args) > 2 else False
+        self.axis = SampleAxis.of(context.analysis[self.operand])
+
+    @classmethod
+    def match(cls, node: fx.Node, context: Context) -> ReductionSite | None:
+        """Recognise the site."""
+        if node.target not in (aten.sum.dim_IntList, aten.sum.default):
+            return None
+        return cls(node, context) if isinstance(context.analysis[node.args[0]], Batched) else None
+
+    def per_sample(self) -> fx.Node:
+        """Emit [B, *shape]: the sample's own sum over the other reduced dims."""
+
+        def code(x: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
+            x = self.axis.slices(x, batch.shape[0])
+            others = [dim + 1 for dim in self.dims]
+            if self.axis.plain and len(others) == 1:
+                x = x if self.keepdim else x.squeeze(others[0])
+                return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+            return _wide_sum(x, others, self.keepdim)
+
+        return self.context.emit(code, self.operand, self.context.batch, before=self.node)
+
+    def weighted(self, weights: fx.Node, before: fx.Node) -> fx.Node:
+        """Emit the sum of the scaled operand."""
+
+        def code(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+            return _wide_sum(
+                masked_scale(self.axis, wide, weights, scale=True), self.dims, self.keepdim
+            )
+
+        return self.context.emit(code, self.operand, weights, before=before, like=self.node)
+
+    def materialize_cost(self) -> Cost:
+        """One more read of what is kept."""
+        batch = hint(self.context.batch.meta["val"].shape[0])
+        return Cost(flops=0.0, bytes=8.0 * batch * numel(self.node))
+
+
+def _wide_sum(x: torch.Tensor, dims: list[int], keepdim: bool) -> torch.Tensor:
+    dtype = torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
+    return torch.sum(x, dims, keepdim=keepdim, dtype=dtype)

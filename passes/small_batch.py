@@ -1,0 +1,97 @@
+"""Batches of one sample or none, where nothing can mix."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import fx
+
+from flashnorm_compile.passes.batch_axis.analysis import Analysis
+from flashnorm_compile.passes.emit import Emitter
+from flashnorm_compile.passes.joint import JointGraph
+from flashnorm_compile.passes.norms import Norms
+from flashnorm_compile.passes.plan import Plan, Row
+from flashnorm_compile.passes.release import insert_clipping, insert_noise
+from flashnorm_compile.passes.sites import Context, Cost
+from flashnorm_compile.passes.sites.generic import weighted_sum
+
+if TYPE_CHECKING:
+    from flashnorm_compile.passes.pipeline import Request
+
+
+def add_noise_alone(joint: JointGraph, request: Request) -> Plan:
+    """Without samples a gradient is noise."""
+    context = _context(joint, request)
+    sums = {
+        index: context.emit(
+            lambda x: torch.zeros_like(x, dtype=torch.float32),
+            joint.inputs[index],
+            before=joint.output_node,
+        )
+        for index in request.parameters
+        if index in joint.gradients
+    }
+    insert_noise(
+        joint, sums, joint.inputs[request.key], joint.inputs[request.scalars], context
+    )
+    empty = context.emit(torch.zeros_like, context.batch, before=joint.output_node)
+    joint.replace_gradient(request.probe, empty)
+    return _plan(joint, request)
+
+
+def one_sample(joint: JointGraph, request: Request) -> Plan:
+    """With one sample the gradient is that sample's own."""
+    context = _context(joint, request)
+    before = joint.output_node
+    indices = [index for index in request.parameters if index in joint.gradients]
+    samples = {
+        index: context.emit(lambda x: x.unsqueeze(0), joint.gradient(index), before=before)
+        for index in indices
+    }
+    squares = [
+        context.emit(lambda x: x.float().square().flatten(1).sum(1), x, before=before)
+        for x in samples.values()
+    ]
+    scale = context.emit(lambda x: x.new_full((), 1.0), context.batch, before=before)
+    scalars = joint.inputs[request.scalars]
+    losses = [
+        tangent for tangent in joint.tangents if tangent.users and not _holds_samples(tangent)
+    ]
+    norm, weights = insert_clipping(
+        Norms(squares, samples), scale, scalars, losses, [], context, before
+    )
+    sums = {
+        index: context.emit(weighted_sum, x, weights, before=before)
+        for index, x in samples.items()
+    }
+    insert_noise(joint, sums, joint.inputs[request.key], scalars, context)
+    joint.replace_gradient(request.probe, norm)
+    return _plan(joint, request)
+
+
+def _holds_samples(tangent: fx.Node) -> bool:
+    return tangent.meta["val"].ndim > 0
+
+
+def _context(joint: JointGraph, request: Request) -> Context:
+    return Context(Emitter(joint.graph), Analysis({}, 0), joint.inputs[request.probe])
+
+
+def _plan(joint: JointGraph, request: Request) -> Plan:
+    return Plan(
+        tuple(
+            Row(
+                parameter=name,
+                index=index,
+                shape=tuple(int(size) for size in joint.inputs[index].meta["val"].shape),
+                sites=(),
+                source="",
+                axis="",
+                strategy="materialize",
+                cost=Cost(0.0, 0.0),
+            )
+            for index, name in request.parameters.items()
+            if index in joint.gradients
+        )
+    )

@@ -1,0 +1,34 @@
+"""The backend's gradient is the oracle's, for every module of the zoo and every strategy."""
+
+from __future__ import annotations
+
+import pytest
+from driver import STRATEGIES, check_case
+from zoo_modules import all_cases
+
+CASES = all_cases()
+
+#: One case per kind of gradient site, and those whose lowering differs most.
+WITH_INDUCTOR = (
+    "dense-mlp_time_axis",
+    "dense-time_first",
+    "conv-cnn_max_pool",
+    "sharing-tied_head",
+    "sharing-weight_at_three_lengths",
+    "attention-class_token_expand",
+    "parameters-scalar_parameter",
+    "losses-token_mean",
+    "calls-autocast_tied_head",
+)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_matches_oracle(case, strategy):
+    check_case(case, strategy)
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize("name", WITH_INDUCTOR)
+def test_matches_oracle_with_inductor(name):
+    check_case(CASES[name], "auto", lowering="inductor")

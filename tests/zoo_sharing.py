@@ -1,0 +1,303 @@
+"""Cases: embeddings, and weights that are used more than once."""
+
+from __future__ import annotations
+
+import torch
+from driver import Zoo
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from zoo_inputs import cross_entropy, mse, regression, token_cross_entropy, tokens, tokens_to_class
+
+SHARING = Zoo()
+VOCAB = 11
+
+
+class Classifier(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.embedding = nn.Embedding(VOCAB, 6, **options)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, ids):
+        return self.head(self.embedding(ids).tanh().mean(1))
+
+
+SHARING.add("embedding", Classifier, tokens_to_class(5, VOCAB, 3), cross_entropy)
+SHARING.add("embedding_padding_idx", lambda: Classifier(padding_idx=2),
+            tokens_to_class(7, VOCAB, 3), cross_entropy)
+SHARING.add("embedding_repeated_tokens", Classifier,
+            lambda size: (torch.randint(2, (size, 9)), torch.randint(3, (size,))), cross_entropy)
+SHARING.add("embedding_one_token", lambda: nn.Embedding(VOCAB, 3),
+            lambda size: (torch.randint(VOCAB, (size,)), torch.randint(3, (size,))), cross_entropy)
+SHARING.add("embedding_rows_equal_batch", lambda: nn.Embedding(4, 4),
+            lambda size: (torch.randint(4, (size, 4)), torch.randint(4, (size, 4))),
+            token_cross_entropy)
+
+
+class BagOfWords(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(VOCAB, 3))
+
+    def forward(self, ids):
+        return self.weight[ids].mean(1)
+
+
+SHARING.add("indexed_parameter", BagOfWords, tokens_to_class(5, VOCAB, 3), cross_entropy)
+
+
+class TiedHead(nn.Module):
+    """The output head is the embedding matrix: ``F.linear(h, emb.weight)``."""
+
+    def __init__(self, *, scale: float = 1.0, padding_idx: int | None = None):
+        super().__init__()
+        self.embedding = nn.Embedding(VOCAB, 6, padding_idx=padding_idx)
+        self.middle = nn.Linear(6, 6)
+        self.scale = scale
+
+    def forward(self, ids):
+        hidden = self.embedding(ids) * self.scale
+        return F.linear(self.middle(hidden).tanh(), self.embedding.weight)
+
+
+SHARING.add("tied_head", TiedHead, tokens(5, VOCAB), token_cross_entropy)
+SHARING.add("tied_head_scaled", lambda: TiedHead(scale=6**0.5), tokens(5, VOCAB),
+            token_cross_entropy)
+SHARING.add("tied_head_padding_idx", lambda: TiedHead(padding_idx=0), tokens(9, VOCAB),
+            token_cross_entropy)
+
+
+class TiedModules(nn.Module):
+    """Two modules that hold the same parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(VOCAB, 6)
+        self.head = nn.Linear(6, VOCAB, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, ids):
+        return self.head(self.embedding(ids).tanh())
+
+
+SHARING.add("tied_modules", TiedModules, tokens(5, VOCAB), token_cross_entropy)
+
+
+class TwoEmbeddings(nn.Module):
+    """An encoder and a decoder that share the embedding and the head, at two lengths."""
+
+    def __init__(self, *, tied: bool):
+        super().__init__()
+        self.shared = nn.Embedding(VOCAB, 6)
+        self.encoder, self.decoder = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.head = None if tied else nn.Linear(6, VOCAB)
+
+    def forward(self, source, target):
+        memory = self.encoder(self.shared(source)).tanh()
+        hidden = self.decoder(self.shared(target)).tanh() + memory.mean(1, keepdim=True)
+        return F.linear(hidden, self.shared.weight) if self.head is None else self.head(hidden)
+
+
+def _sequence_to_sequence(size: int):
+    return (
+        torch.randint(VOCAB, (size, 7)),
+        torch.randint(VOCAB, (size, 5)),
+        torch.randint(VOCAB, (size, 5)),
+    )
+
+
+def _sequence_loss(model, source, target, labels):
+    return F.cross_entropy(model(source, target).flatten(0, 1), labels.flatten())
+
+
+SHARING.add("embedding_twice", lambda: TwoEmbeddings(tied=False), _sequence_to_sequence,
+            _sequence_loss)
+SHARING.add("embedding_twice_and_tied_head", lambda: TwoEmbeddings(tied=True),
+            _sequence_to_sequence, _sequence_loss)
+
+
+class Twice(nn.Module):
+    """One layer applied ``times`` times, one after another."""
+
+    def __init__(self, layer: nn.Module, times: int = 2):
+        super().__init__()
+        self.layer, self.times = layer, times
+
+    def forward(self, x):
+        for _ in range(self.times):
+            x = self.layer(x).tanh()
+        return x
+
+
+SHARING.add("linear_twice", lambda: Twice(nn.Linear(6, 6)), regression(6, targets=(6,)), mse)
+SHARING.add("linear_twice_time_axis", lambda: Twice(nn.Linear(6, 6)),
+            regression(5, 6, targets=(5, 6)), mse)
+SHARING.add("linear_five_times", lambda: Twice(nn.Linear(6, 6), 5),
+            regression(5, 6, targets=(5, 6)), mse)
+SHARING.add("layer_norm_twice", lambda: Twice(nn.LayerNorm(6)),
+            regression(5, 6, targets=(5, 6)), mse)
+SHARING.add("conv_twice", lambda: Twice(nn.Conv1d(4, 4, 3, padding=1)),
+            regression(4, 7, targets=(4, 7)), mse)
+SHARING.add("block_twice",
+            lambda: Twice(nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 6))),
+            regression(5, 6, targets=(5, 6)), mse)
+
+
+class TwoLengths(nn.Module):
+    """One layer on the full sequence, and on its pooled version."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.layer(x).tanh(), self.layer(x.mean(1)).tanh(), self.layer(x[:, :3])
+
+
+SHARING.add("weight_at_three_lengths", TwoLengths, lambda size: (torch.randn(size, 5, 6),),
+            lambda model, x: sum(part.square().mean() for part in model(x)))
+
+
+class TransposedReuse(nn.Module):
+    """An autoencoder with one matrix: W in, its transpose out."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 6) / 2)
+        self.bias = nn.Parameter(torch.zeros(6))
+
+    def forward(self, x):
+        return (x @ self.weight.T).tanh() @ self.weight + self.bias
+
+
+SHARING.add("weight_and_its_transpose", TransposedReuse, regression(6, targets=(6,)), mse)
+SHARING.add("weight_and_its_transpose_time", TransposedReuse,
+            regression(5, 6, targets=(5, 6)), mse)
+
+
+class SplitWeight(nn.Module):
+    """One fused matrix, of which slices are used apart; two of them overlap."""
+
+    def __init__(self, *, overlapping: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(12, 6) / 2)
+        self.overlapping = overlapping
+
+    def forward(self, x):
+        if self.overlapping:
+            return F.linear(x, self.weight[:8]).tanh().sum(-1) + F.linear(
+                x, self.weight[4:]).sigmoid().sum(-1)
+        q, k, v = self.weight.chunk(3)
+        return (F.linear(x, q).tanh() * F.linear(x, k)).sum(-1) + F.linear(x, v).sum(-1)
+
+
+SHARING.add("disjoint_slices", lambda: SplitWeight(overlapping=False),
+            regression(5, 6, targets=(5,)), mse)
+SHARING.add("overlapping_slices", lambda: SplitWeight(overlapping=True),
+            regression(5, 6, targets=(5,)), mse)
+
+
+class ConcatenatedWeights(nn.Module):
+    """Three parameters concatenated to one projection (fused query, key, value)."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ParameterList(torch.randn(4, 6) / 2 for _ in range(3))
+
+    def forward(self, x):
+        return F.linear(x, torch.cat(list(self.parts)))
+
+
+SHARING.add("concatenated_weights", ConcatenatedWeights, regression(5, 6, targets=(5, 12)), mse)
+
+
+class FunctionOfWeight(nn.Module):
+    """A weight used through a function of itself, and as it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 6) / 2)
+
+    def forward(self, x):
+        return F.linear(F.linear(x, self.weight.softmax(-1)).tanh(), self.weight)
+
+
+SHARING.add("weight_through_softmax_and_raw", FunctionOfWeight, regression(6, targets=(6,)), mse)
+
+
+class Siamese(nn.Module):
+    """One encoder on two inputs, with a distance per sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+
+    def forward(self, left, right):
+        return (self.encoder(left) - self.encoder(right)).square().sum(-1)
+
+
+SHARING.add("siamese", Siamese, lambda size: (torch.randn(size, 6), torch.randn(size, 6)),
+            lambda model, left, right: model(left, right).mean())
+SHARING.add("siamese_stacked", Siamese,
+            lambda size: (torch.randn(size, 6), torch.randn(size, 6)),
+            lambda model, left, right: torch.stack(
+                [model.encoder(left), model.encoder(right)]).diff(dim=0).square().mean())
+
+
+class Checkpointed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.LayerNorm(8), nn.Linear(8, 6))
+            for _ in range(2)
+        )
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + checkpoint(block, x, use_reentrant=False)
+        return x
+
+
+SHARING.add("activation_checkpointing", Checkpointed, regression(5, 6, targets=(5, 6)), mse)
+
+
+class CellLoop(nn.Module):
+    """A hand-written LSTM: the same weights at every time step."""
+
+    def __init__(self):
+        super().__init__()
+        self.input, self.hidden = nn.Linear(5, 16), nn.Linear(4, 16, bias=False)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        h = c = x.new_zeros(x.shape[0], 4)
+        for step in range(x.shape[1]):
+            i, f, g, o = (self.input(x[:, step]) + self.hidden(h)).chunk(4, -1)
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            h = o.sigmoid() * c.tanh()
+        return self.head(h)
+
+
+SHARING.add("lstm_cell_loop", CellLoop,
+            lambda size: (torch.randn(size, 4, 5), torch.randint(3, (size,))), cross_entropy)
+
+
+class LearnedStart(CellLoop):
+    """A vanilla recurrence from a learned first state."""
+
+    def __init__(self):
+        super().__init__()
+        self.start = nn.Parameter(torch.randn(4))
+        self.cell = nn.RNNCell(5, 4)
+        del self.input, self.hidden
+
+    def forward(self, x):
+        h = self.start.expand(x.shape[0], -1)
+        for step in range(x.shape[1]):
+            h = self.cell(x[:, step], h)
+        return self.head(h)
+
+
+SHARING.add("rnn_cell_learned_start", LearnedStart,
+            lambda size: (torch.randn(size, 4, 5), torch.randint(3, (size,))), cross_entropy)
