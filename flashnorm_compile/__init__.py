@@ -2,5 +2,6 @@
 
 from flashnorm_compile.errors import PrivacyError
 from flashnorm_compile.options import Options
+from flashnorm_compile.step import PrivateStep, dp_step
 
-__all__ = ["Options", "PrivacyError"]
+__all__ = ["Options", "PrivacyError", "PrivateStep", "dp_step"]

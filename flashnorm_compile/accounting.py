@@ -24,7 +24,8 @@ NEIGHBOURS = "add_or_remove_one"
 
 _FINEST_INTERVAL = 1e-4
 _SIGMA_OF_FINEST_INTERVAL = 0.3
-_SMALLEST_SIGMA, _LARGEST_SIGMA = 2.0**-6, 2.0**20
+_SMALLEST_ACCOUNTED_SIGMA = 2.0**-20
+_SMALLEST_CALIBRATED_SIGMA, _LARGEST_CALIBRATED_SIGMA = 2.0**-6, 2.0**20
 _CALIBRATION_TOLERANCE = 1e-4
 
 
@@ -95,7 +96,7 @@ class PrivacyAccountant:
         _check_delta(delta)
         if not self._history:
             return 0.0
-        if self._has_release_without_noise():
+        if self._is_not_private():
             return math.inf
         return float(self._compose().get_epsilon_for_delta(delta))
 
@@ -109,7 +110,7 @@ class PrivacyAccountant:
             raise ValueError(f"epsilon is {epsilon}; expected a finite number >= 0")
         if not self._history:
             return 0.0
-        if self._has_release_without_noise():
+        if self._is_not_private():
             return 1.0
         return float(self._compose().get_delta_for_epsilon(epsilon))
 
@@ -142,8 +143,10 @@ class PrivacyAccountant:
         self._history = [Releases(**releases) for releases in state["history"]]
         self._composed = None
 
-    def _has_release_without_noise(self) -> bool:
-        return any(releases.noise_multiplier == 0 for releases in self._history)
+    def _is_not_private(self) -> bool:
+        """Whether a release had no noise, or so little (ε beyond 1e11) that it counts as none."""
+        sigmas = (releases.noise_multiplier for releases in self._history)
+        return any(sigma < _SMALLEST_ACCOUNTED_SIGMA for sigma in sigmas)
 
     def _compose(self) -> pld.PrivacyLossDistribution:
         """Return the privacy loss distribution of the whole history, computed once a change."""
@@ -190,16 +193,16 @@ def noise_multiplier_for(
     upper = 1.0
     while epsilon(upper) > target_epsilon:
         upper *= 2
-        if upper > _LARGEST_SIGMA:
+        if upper > _LARGEST_CALIBRATED_SIGMA:
             raise ValueError(
                 f"target_epsilon is {target_epsilon}; with {setting} even a noise multiplier of "
-                f"{_LARGEST_SIGMA:.0f} does not reach it. Allow more, or take fewer steps or a "
+                f"{_LARGEST_CALIBRATED_SIGMA:.0f} does not reach it. Allow more, or take fewer steps or a "
                 "lower sampling rate"
             )
     lower = upper / 2
     while epsilon(lower) <= target_epsilon:
         upper, lower = lower, lower / 2
-        if lower < _SMALLEST_SIGMA:
+        if lower < _SMALLEST_CALIBRATED_SIGMA:
             raise ValueError(
                 f"target_epsilon is {target_epsilon}; with {setting} a noise multiplier of "
                 f"{upper} gives {epsilon(upper):.4g} already. Expected a target below that"

@@ -37,14 +37,16 @@ class _Released:
 
     pointer: int
     version: int
-    release: int
+    count: int
 
 
 # parameter → its last private gradient; keyed by identity, and gone with the parameter.
 _released: WeakIdKeyDictionary = WeakIdKeyDictionary()
+# parameter → the step that trains it.
+_owners: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-@dataclass
+@dataclass(eq=False)
 class StepState:
     """The changing side of a private step, shared by all graphs compiled for it.
 
@@ -57,7 +59,9 @@ class StepState:
         releases: how many releases drew noise; the next one draws under this number.
         accumulating: whether microbatches are being added up (no noise yet).
         before_release: called before noise is drawn.
-        observation: norms of the last backward.
+        observations: norms of the last step, one entry per microbatch.
+        parameters: the trainable parameters seen so far, and their names.
+        sums: clipped sums of the microbatches so far, without noise.
         graphs_run: how many training graphs ran forward.
     """
 
@@ -69,7 +73,9 @@ class StepState:
     releases: int = 0
     accumulating: bool = False
     before_release: Callable[[], None] | None = None
-    observation: Observation | None = None
+    observations: list[Observation] = field(default_factory=list)
+    parameters: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
+    sums: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
     graphs_run: int = 0
     backwards_run: int = 0
     reports: list[Any] = field(default_factory=list)
@@ -81,6 +87,19 @@ class StepState:
         self.divisor = self.options.divisor
         # 63 bits from the operating system: noise that an observer can guess protects nobody.
         self.seed = secrets.randbits(63) if self.options.seed is None else self.options.seed
+
+    @staticmethod
+    def owner(parameter: torch.Tensor) -> StepState | None:
+        """Return the state of the step that last trained a parameter."""
+        reference = _owners.get(parameter)
+        return None if reference is None else reference()
+
+    def adopt(self, parameters: Sequence[tuple[torch.Tensor, str]]) -> None:
+        """Remember the trainable parameters of a graph."""
+        for parameter, name in parameters:
+            if parameter not in self.parameters:
+                self.parameters[parameter] = name
+                _owners[parameter] = weakref.ref(self)
 
     def next_key(self, device: torch.device) -> torch.Tensor:
         """Return the key of the next release, int64 (seed, release number), and use it up."""
@@ -98,7 +117,9 @@ class StepState:
 
     def observe(self, norms: torch.Tensor, max_grad_norm: float) -> None:
         """Take the norms of a backward; refuse one whose loss was changed from outside."""
-        self.observation = Observation(norms.detach(), max_grad_norm)
+        if not self.accumulating:
+            self.observations.clear()
+        self.observations.append(Observation(norms.detach(), max_grad_norm))
         self._unchecked = norms.detach()
         if norms.device.type == "cpu":
             self.check_seed()
@@ -149,7 +170,9 @@ class PrivateGraph:
         outputs = self.compiled(*args, probe, state.next_key(device), state.scalars(device))
         state.graphs_run += 1
         *outputs, marker = outputs
-        watch = _Backward(state, clip, [(args[i], name) for i, name in self.parameters])
+        parameters = [(args[i], name) for i, name in self.parameters]
+        state.adopt(parameters)
+        watch = _Backward(state, clip, parameters)
         watch.attach(marker.grad_fn, probe)
         return tuple(outputs)
 
@@ -171,8 +194,14 @@ class _Backward:
         node.register_prehook(self.before)
         node.register_hook(self.after)
         clip, state = self.clip, self.state
-        probe.register_hook(lambda norms: state.observe(norms, clip))
 
+        @torch.compiler.disable
+        def observe(norms: torch.Tensor) -> None:
+            state.observe(norms, clip)
+
+        probe.register_hook(observe)
+
+    @torch.compiler.disable
     def before(self, _grad_outputs: Any) -> None:
         """Run before anything is computed: refuse, or record the release."""
         self.runs += 1
@@ -182,7 +211,14 @@ class _Backward:
                 "with the same noise. Run the forward again."
             )
         for parameter, name in self._alive():
-            if parameter.grad is not None and not came_from_us(parameter):
+            if parameter.grad is None:
+                continue
+            if self.state.accumulating:
+                raise PrivacyError(
+                    f"{name}.grad is not empty inside accumulate(). Call optimizer.zero_grad() "
+                    "before it."
+                )
+            if not came_from_us(parameter):
                 raise PrivacyError(
                     f"{name}.grad already holds a gradient that is not private; adding to it "
                     "would hide that. Call optimizer.zero_grad() before the step."
@@ -191,6 +227,7 @@ class _Backward:
             self.state.before_release()
         self.state.backwards_run += 1
 
+    @torch.compiler.disable
     def after(self, grad_inputs: Sequence[torch.Tensor | None], _grad_outputs: Any) -> None:
         """Note which gradients leave, and check at the end that they arrived alone."""
         leaving = {g.data_ptr(): g._version for g in grad_inputs if g is not None}
@@ -202,6 +239,7 @@ class _Backward:
         }
         queue_backward_callback(self.verify)
 
+    @torch.compiler.disable
     def verify(self) -> None:
         """Check that each ``.grad`` is what left the graph, and nothing was added to it."""
         for parameter, name in self._alive():
@@ -222,7 +260,19 @@ class _Backward:
                     "released. All gradients were discarded. Put every use of the parameter, and "
                     "the whole loss, inside the compiled function."
                 )
-            _released[parameter] = _Released(pointer, version, self.state.releases)
+            count = 1 if before is None else 1 + releases_in(parameter)
+            _released[parameter] = _Released(pointer, version, count)
+        if self.state.accumulating:
+            self._absorb()
+
+    def _absorb(self) -> None:
+        """Take a microbatch's sum out of ``.grad``: without noise it is nobody's to use."""
+        for parameter, _ in self._alive():
+            if parameter.grad is None:
+                continue
+            part, parameter.grad = parameter.grad.float(), None
+            sums = self.state.sums
+            sums[parameter] = part if parameter not in sums else sums[parameter].add_(part)
 
     def _alive(self) -> list[tuple[torch.Tensor, str]]:
         found = [(ref(), name) for ref, name in self.parameters]
@@ -242,13 +292,14 @@ def came_from_us(parameter: torch.Tensor) -> bool:
     return (grad.data_ptr(), grad._version) == (released.pointer, released.version)
 
 
-def forget(parameter: torch.Tensor) -> None:
-    """Drop the record of a parameter's gradient."""
-    _released.pop(parameter, None)
+def releases_in(parameter: torch.Tensor) -> int:
+    """Return how many releases were added up in a parameter's ``.grad``."""
+    released = _released.get(parameter)
+    return 0 if released is None else released.count
 
 
 def mark_private(parameter: torch.Tensor) -> None:
     """Record a parameter's present ``.grad`` as a released one."""
     grad = parameter.grad
     if grad is not None:
-        _released[parameter] = _Released(grad.data_ptr(), grad._version, 0)
+        _released[parameter] = _Released(grad.data_ptr(), grad._version, 1)

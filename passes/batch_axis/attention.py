@@ -51,7 +51,7 @@ _FORWARD = (
     batched=(*_ROWS, "grad_out", "grad_out_"),
 )
 def attention(call: Call) -> Value:
-    """Attends within each row of [rows, ...]; a mask has rows, or is constant."""
+    """Attend within each row of [rows, ...]; a mask has rows, or is constant."""
     if any(_is_tensor(call.get(name)) for name in _PACKED_ARGUMENTS):
         return call.mixed(PACKED)
     nodes = [node for name in (*_ROWS, "grad_out", "grad_out_") if (node := call.get(name))]
@@ -84,7 +84,7 @@ def _has_rows(call: Call, nodes: list[Any]) -> bool:
 
 
 def _output(call: Call, position: int, out: Any, axis: Batched, rows: Any) -> Value:
-    name = call.node.target._schema.returns[position].name  # type: ignore[union-attr]
+    name = call.node.target._schema.returns[position].name
     if name in _CONSTANT_OUTPUTS or not hasattr(out, "shape"):
         return Constant()
     shape = shape_exprs(out.shape)

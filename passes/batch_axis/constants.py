@@ -48,5 +48,5 @@ def shape_only(call: Call) -> Value:
 
 @rule("aten.fill.Tensor", ignores=("self",), batched=())
 def fill(call: Call) -> Value:
-    """The filling value is a 0-d tensor, which has no batch axis."""
+    """Refuse: the filling value is a 0-d tensor, which has no batch axis."""
     return call.mixed("fills with a value that depends on the samples")

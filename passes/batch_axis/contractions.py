@@ -72,21 +72,21 @@ def _plus_bias(call: Call, product: Constant | Batched | Mixed, bias: Any, ndim:
 
 @rule("aten.addmm", batched=None)
 def addmm(call: Call) -> Value:
-    """A bias, broadcast, plus [n, k] x [k, m]."""
+    """Multiply and add: a bias, broadcast, plus [n, k] x [k, m]."""
     product = einsum(call, [(call["mat1"], "nk"), (call["mat2"], "km")], "nm")
     return _plus_bias(call, product, call["self"], 2)
 
 
 @rule("aten.baddbmm", batched=None)
 def baddbmm(call: Call) -> Value:
-    """A bias, broadcast, plus [b, n, k] x [b, k, m]."""
+    """Multiply and add: a bias, broadcast, plus [b, n, k] x [b, k, m]."""
     product = einsum(call, [(call["batch1"], "bnk"), (call["batch2"], "bkm")], "bnm")
     return _plus_bias(call, product, call["self"], 3)
 
 
 @rule("aten.addmv", batched=None)
 def addmv(call: Call) -> Value:
-    """A bias plus [n, k] x [k]."""
+    """Multiply and add: a bias plus [n, k] x [k]."""
     product = einsum(call, [(call["mat"], "nk"), (call["vec"], "k")], "n")
     return _plus_bias(call, product, call["self"], 1)
 

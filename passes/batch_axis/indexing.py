@@ -149,13 +149,13 @@ def _indices(call: Call) -> list[fx.Node | None]:
 
 @rule("aten.index", "aten._unsafe_index", batched=None)
 def index(call: Call) -> Value:
-    """Reads self[indices]."""
+    """Read self[indices]."""
     return gathered(call, call["self"], _indices(call))
 
 
 @rule("aten._unsafe_masked_index", batched=None)
 def masked_index(call: Call) -> Value:
-    """Reads self[indices], or the filling value where a mask is off."""
+    """Read self[indices], or the filling value where a mask is off."""
     read = gathered(call, call["self"], _indices(call))
     return call.join([read, call.aligned(call["mask"], len(call.out_shape))])
 
@@ -170,21 +170,21 @@ def masked_index(call: Call) -> Value:
     batched=None,
 )
 def index_put(call: Call) -> Value:
-    """Writes to self[indices], or adds to it."""
+    """Write to self[indices], or add to it."""
     reason = ACCUMULATES if call["accumulate"] else WRITES
     return written(call, call["self"], _indices(call), [call["values"]], reason)
 
 
 @rule("aten._unsafe_masked_index_put_accumulate", batched=None)
 def masked_index_put(call: Call) -> Value:
-    """Adds to self[indices] where a mask is on."""
+    """Add to self[indices] where a mask is on."""
     sources = [call["mask"], call["values"]]
     return written(call, call["self"], _indices(call), sources, ACCUMULATES)
 
 
 @rule("aten.index_select", batched=None)
 def index_select(call: Call) -> Value:
-    """Reads entries of one dim."""
+    """Read entries of one dim."""
     if call["index"].meta["val"].dim() != 1:
         return call.mixed(GATHERS)
     return gathered(call, call["self"], [None] * call.dim(call["dim"]) + [call["index"]])
@@ -192,7 +192,7 @@ def index_select(call: Call) -> Value:
 
 @rule("aten.index_add", "aten.index_copy", "aten.index_reduce", batched=("self", "source"))
 def index_add(call: Call) -> Value:
-    """Adds to, or overwrites, entries of one dim; both tensors have the same dims."""
+    """Add to, or overwrite, entries of one dim; both tensors have the same dims."""
     source, index = call["source"], call["index"]
     if source.meta["val"].dim() != call.ndim or index.meta["val"].dim() != 1:
         return call.mixed(WRITES)
@@ -202,25 +202,25 @@ def index_add(call: Call) -> Value:
 
 @rule("aten.index_fill")
 def index_fill(call: Call) -> Value:
-    """Writes one number to constant places."""
+    """Write one number to constant places."""
     return call.x
 
 
 @rule("aten.take", batched=("index",))
 def take(call: Call) -> Value:
-    """Reads entries of a flattened constant."""
+    """Read entries of a flattened constant."""
     return call.value(call["index"])
 
 
 @rule("aten.embedding", batched=None)
 def embedding(call: Call) -> Value:
-    """Reads rows of a table."""
+    """Read rows of a table."""
     return gathered(call, call["weight"], [call["indices"]])
 
 
 @rule("aten.embedding_dense_backward", batched=None)
 def embedding_dense_backward(call: Call) -> Value:
-    """Adds every token's gradient to its row of the table."""
+    """Add every token's gradient to its row of the table."""
     gradient = call.value(call["grad_output"])
     last = call["grad_output"].meta["val"].dim() - 1
     on_features = isinstance(gradient, Batched) and gradient.dim == last
@@ -246,11 +246,11 @@ def embedding_dense_backward(call: Call) -> Value:
     batched=None,
 )
 def data_dependent(call: Call) -> Value:
-    """Returns as many entries as the data say."""
+    """Return as many entries as the data say."""
     return call.mixed(DATA_SHAPE)
 
 
 @rule("aten._local_scalar_dense", "aten.item", "prims.item", batched=None)
 def item(call: Call) -> Value:
-    """Reads a number out of a tensor."""
+    """Read a number out of a tensor."""
     return call.mixed("reads a number that depends on the samples")

@@ -34,7 +34,7 @@ SOLVES = "takes samples for the rows or columns of a matrix"
     batched=None,
 )
 def matrices(call: Call) -> Value:
-    """Works on the last two dims of tensors with the same leading dims."""
+    """Work on the last two dims of tensors with the same leading dims."""
     tensors = tensor_arguments(call)
     axis = call.join(call.value(node) for node in tensors)
     if len({shape_of(node)[: call.ndim - 2] for node in tensors}) != 1:
@@ -48,7 +48,7 @@ def matrices(call: Call) -> Value:
 
 @rule("aten._fft_c2c", "aten._fft_c2r", "aten._fft_r2c", "prims.fft_c2c", "prims.fft_r2c")
 def fft(call: Call) -> Value:
-    """Transforms some dims."""
+    """Transform some dims."""
     if call.x.dim in call.dims(call["dim"]):
         return call.mixed("transforms along the batch axis")
     return call.x

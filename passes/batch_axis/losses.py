@@ -28,7 +28,7 @@ def nll_loss(call: Call) -> Value:
     batched=("grad_output", "target"),
 )
 def nll_loss_backward(call: Call) -> Value:
-    """The gradient of [rows, classes, ...]."""
+    """Return the gradient of [rows, classes, ...]."""
     axis = call.join([call.value(call["grad_output"]), call.value(call["target"])])
     if isinstance(axis, Batched) and not _on_rows(call, axis):
         return call.mixed("pairs different samples")

@@ -14,7 +14,7 @@ NORMALISES = "normalises over the batch axis"
 
 @rule("aten.native_layer_norm", "aten._fused_rms_norm")
 def layer_norm(call: Call) -> Value:
-    """Normalises the last dims; statistics keep the others."""
+    """Normalise the last dims; statistics keep the others."""
     first_normalised = call.ndim - len(call["normalized_shape"])
     if call.x.dim >= first_normalised:
         return call.mixed(NORMALISES)
@@ -37,7 +37,7 @@ def layer_norm_backward(call: Call) -> Value:
 
 @rule("aten.native_group_norm")
 def group_norm(call: Call) -> Value:
-    """Normalises groups of channels of each row."""
+    """Normalise groups of channels of each row."""
     return call.mixed(NORMALISES) if call.x.dim != 0 else several(call, call.x)
 
 
@@ -71,7 +71,7 @@ def _input_gradient(call: Call, axis: Constant | Batched | Mixed) -> Value:
     "aten.cudnn_batch_norm",
 )
 def batch_norm(call: Call) -> Value:
-    """Normalises each channel (dim 1) over all else, or by constants in evaluation.
+    """Normalise each channel (dim 1) over all else, or by constants in evaluation.
 
     Instance norm is a batch norm of ``[1, B * channels, ...]``: samples do not meet there.
     """

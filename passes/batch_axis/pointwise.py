@@ -168,11 +168,11 @@ def elementwise_loss(call: Call) -> Value:
 
 @rule("aten.native_dropout", "aten._fused_dropout")
 def native_dropout(call: Call) -> Value:
-    """Returns the output and a fresh random mask."""
+    """Return the output and a fresh random mask."""
     return call.x, Constant()
 
 
 @rule("aten.copy", "aten.copy_", ignores=("self",), batched=("src",))
 def copy(call: Call) -> Value:
-    """The old content does not matter."""
+    """Ignore the old content."""
     return call.aligned(call["src"], len(call.out_shape))

@@ -59,16 +59,18 @@ def identity_axis(index: fx.Node, axis: Batched, size: sympy.Expr, call: Call) -
     node = index
     while node.op == "call_function" and op_name(node.target) in _MOVES and _is_integer(node):
         moves.append(node)
-        node = node.args[0]
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        node = source
     if not _counts_to(node, size):
         return None
     found = axis.at(0)
     for move in reversed(moves):
         entry = find(move.target)
-        value = entry.rule(Call(move, {move.args[0]: found}, call.batch)) if entry else None
+        value = entry.rule(Call(move, {node: found}, call.batch)) if entry else None
         if not isinstance(value, Batched):
             return None
-        found = value
+        node, found = move, value
     return found
 
 

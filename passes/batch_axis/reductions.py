@@ -75,13 +75,13 @@ def reduced(call: Call, dims: Any, keepdim: bool) -> Value:
     "prims.xor_sum",
 )
 def reduce(call: Call) -> Value:
-    """Reduces ``dim``, or all dims where it is absent, None or empty."""
+    """Reduce ``dim``, or all dims where it is absent, None or empty."""
     return reduced(call, call.get("dim", "dims"), bool(call.get("keepdim")))
 
 
 @rule("prims.prepare_softmax_online")
 def online_softmax(call: Call) -> Value:
-    """Returns the maximum and the sum of exponentials, both with the dim kept."""
+    """Return the maximum and the sum of exponentials, both with the dim kept."""
     return reduced(call, [call["dim"]], keepdim=True)
 
 
@@ -103,7 +103,7 @@ def online_softmax(call: Call) -> Value:
     batched=None,
 )
 def along(call: Call) -> Value:
-    """Works along one dim; the others do not meet. All tensors have the same dims."""
+    """Work along one dim; the others do not meet. All tensors have the same dims."""
     axis = call.broadcast(tensor_arguments(call), call.ndim)
     dim = call.get("dim")
     if isinstance(axis, Batched) and axis.dim == call.dim(0 if dim is None else dim):

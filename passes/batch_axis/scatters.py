@@ -55,13 +55,13 @@ def masked_scatter(call: Call) -> Value:
 
 @rule("aten.bucketize")
 def bucketize(call: Call) -> Value:
-    """Looks every entry up in constant boundaries."""
+    """Look every entry up in constant boundaries."""
     return call.x
 
 
 @rule("aten.searchsorted", batched=None)
 def searchsorted(call: Call) -> Value:
-    """Looks entries up in a sorted sequence: the same for all, or one per row."""
+    """Look entries up in a sorted sequence: the same for all, or one per row."""
     sequence = call["sorted_sequence"]
     axes = [call.value(n) for n in (sequence, call.get("sorter")) if n is not None]
     last = sequence.meta["val"].dim() - 1
@@ -72,11 +72,11 @@ def searchsorted(call: Call) -> Value:
 
 @rule("aten.one_hot")
 def one_hot(call: Call) -> Value:
-    """Adds a last dim."""
+    """Add a last dim."""
     return call.x
 
 
 @rule("aten.multinomial")
 def multinomial(call: Call) -> Value:
-    """Draws from each row."""
+    """Draw from each row."""
     return call.mixed("draws among samples") if call.x.dim == call.ndim - 1 else call.x

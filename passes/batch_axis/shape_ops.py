@@ -22,20 +22,20 @@ def permute(call: Call) -> Value:
 
 @rule("aten.transpose", "aten.transpose_copy", "aten.swapaxes", "aten.swapdims")
 def transpose(call: Call) -> Value:
-    """Swaps two dims."""
+    """Swap two dims."""
     a, b = call.dim(call.get("dim0", "axis0")), call.dim(call.get("dim1", "axis1"))
     return call.x.at({a: b, b: a}.get(call.x.dim, call.x.dim))
 
 
 @rule("aten.t", "aten.t_copy")
 def t(call: Call) -> Value:
-    """Swaps the two dims of a matrix (a vector stays)."""
+    """Swap the two dims of a matrix (a vector stays)."""
     return call.x.at(call.ndim - 1 - call.x.dim)
 
 
 @rule("aten.movedim.int")
 def movedim(call: Call) -> Value:
-    """Takes a dim out and puts it back elsewhere."""
+    """Take a dim out and puts it back elsewhere."""
     order = list(range(call.ndim))
     order.remove(source := call.dim(call["source"]))
     order.insert(call.dim(call["destination"]), source)
@@ -44,7 +44,7 @@ def movedim(call: Call) -> Value:
 
 @rule("aten.expand", "aten.expand_copy", "aten.broadcast_to")
 def expand(call: Call) -> Value:
-    """Adds dims in front and repeats dims of size 1, which the batch axis is not."""
+    """Add dims in front and repeat dims of size 1, which the batch axis is not."""
     return call.x.at(call.x.dim + len(call.out_shape) - call.ndim)
 
 
@@ -56,7 +56,7 @@ def broadcast_in_dim(call: Call) -> Value:
 
 @rule("aten.select.int", "aten.select_copy.int")
 def select(call: Call) -> Value:
-    """Takes one entry of a dim, which disappears."""
+    """Take one entry of a dim, which disappears."""
     dim = call.dim(call["dim"])
     if dim == call.x.dim:
         return call.mixed("takes one entry of the batch axis")
@@ -65,7 +65,7 @@ def select(call: Call) -> Value:
 
 @rule("aten.unbind", "aten.unbind_copy")
 def unbind(call: Call) -> Value:
-    """Takes every entry of a dim, which disappears."""
+    """Take every entry of a dim, which disappears."""
     return several(call, select(call))
 
 
@@ -81,7 +81,7 @@ def cut(call: Call, start: sympy.Expr, size: sympy.Expr) -> Batched | None:
 
 @rule("aten.slice.Tensor", "aten.slice_copy.Tensor")
 def slice_(call: Call) -> Value:
-    """Takes a range of a dim."""
+    """Take a range of a dim."""
     axis, size = call.x, call.shape[call.x.dim]
     if call.dim(call["dim"]) != axis.dim:
         return axis
@@ -108,7 +108,7 @@ def slice_(call: Call) -> Value:
     "aten.tensor_split",
 )
 def split(call: Call) -> Value:
-    """Cuts a dim into consecutive ranges."""
+    """Cut a dim into consecutive ranges."""
     dim = call.dim(call["dim"])
     if dim != call.x.dim:
         return several(call, call.x)
@@ -123,7 +123,7 @@ def split(call: Call) -> Value:
 
 @rule("aten.cat", "aten.concat", "prims.cat", batched=None)
 def cat(call: Call) -> Value:
-    """Joins tensors along a dim; along the batch dim, whole rounds over all samples."""
+    """Join tensors along a dim; along the batch dim, whole rounds over all samples."""
     # Old models join with an empty 1-d tensor, which cat skips.
     tensors = [n for n in call.first if shape_of(n) != (0,)]
     ndim = len(call.out_shape)
@@ -145,7 +145,7 @@ def cat(call: Call) -> Value:
 
 @rule("aten.stack", batched=None)
 def stack(call: Call) -> Value:
-    """Joins tensors along a new dim."""
+    """Join tensors along a new dim."""
     dim = call.dim(call["dim"], len(call.out_shape))
     axis = call.join(call.value(node) for node in call.first)
     return axis.at(axis.dim + (dim <= axis.dim)) if isinstance(axis, Batched) else axis
@@ -153,7 +153,7 @@ def stack(call: Call) -> Value:
 
 @rule("aten.repeat", "aten.tile")
 def repeat(call: Call) -> Value:
-    """Repeats whole dims; new dims come in front."""
+    """Repeat whole dims; new dims come in front."""
     dim = call.x.dim + len(call.out_shape) - call.ndim
     times = quotient(call.out_shape[dim], call.shape[call.x.dim])
     if times is None:
@@ -163,7 +163,7 @@ def repeat(call: Call) -> Value:
 
 @rule("aten.repeat_interleave.self_int")
 def repeat_interleave(call: Call) -> Value:
-    """Repeats each entry of a dim."""
+    """Repeat each entry of a dim."""
     axis, shape = call.x, call.shape
     if call["dim"] is None:  # of the flattened tensor
         shape = (product(shape),)
@@ -181,7 +181,7 @@ def repeat_interleave(call: Call) -> Value:
 
 @rule("aten.constant_pad_nd", "aten.pad")
 def pad(call: Call) -> Value:
-    """Pads the last dims, two numbers for each, the last dim first."""
+    """Pad the last dims, two numbers for each, the last dim first."""
     position = 2 * (call.ndim - 1 - call.x.dim)
     widths = list(call["pad"])[position : position + 2]
     return call.mixed("pads the batch axis") if any(w != 0 for w in widths) else call.x
@@ -196,21 +196,21 @@ def pad(call: Call) -> Value:
     "aten.replication_pad3d",
 )
 def pad_border(call: Call) -> Value:
-    """Pads the last dims."""
+    """Pad the last dims."""
     padded = len(call["padding"]) // 2
     return call.mixed("pads the batch axis") if call.x.dim >= call.ndim - padded else call.x
 
 
 @rule("aten.flip", "prims.rev")
 def flip(call: Call) -> Value:
-    """Reverses dims."""
+    """Reverse dims."""
     gone = call.dims(call["dims"]) if call["dims"] else []
     return call.mixed("reverses the batch axis") if call.x.dim in gone else call.x
 
 
 @rule("aten.roll")
 def roll(call: Call) -> Value:
-    """Rotates dims; without dims, the flattened tensor."""
+    """Rotate dims; without dims, the flattened tensor."""
     if call.x.dim in call.dims(call["dims"]):
         return call.mixed("rotates the batch axis")
     return call.x
@@ -218,7 +218,7 @@ def roll(call: Call) -> Value:
 
 @rule("aten.rot90")
 def rot90(call: Call) -> Value:
-    """Turns a plane of two dims."""
+    """Turn a plane of two dims."""
     if call.x.dim in call.dims(call["dims"]):
         return call.mixed("rotates the batch axis")
     return call.x

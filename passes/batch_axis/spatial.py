@@ -50,7 +50,7 @@ _GRADIENTS = (
     batched=None,
 )
 def over_last_dims(call: Call) -> Value:
-    """Works on the last 1, 2 or 3 dims, as the name says; all tensors have the same dims."""
+    """Work on the last 1, 2 or 3 dims, as the name says; all tensors have the same dims."""
     match = re.search(r"(\d)d", str(call.node.target))
     assert match is not None
     return _over(call, int(match.group(1)))
@@ -58,7 +58,7 @@ def over_last_dims(call: Call) -> Value:
 
 @rule("prims._low_memory_max_pool_with_offsets", "prims._low_memory_max_pool_offsets_to_indices")
 def low_memory_max_pool(call: Call) -> Value:
-    """Works on as many last dims as the kernel has."""
+    """Work on as many last dims as the kernel has."""
     return _over(call, len(call["kernel_size"]))
 
 
@@ -74,7 +74,7 @@ def _over(call: Call, count: int) -> Value:
 
 @rule("aten.grid_sampler_2d", "aten.grid_sampler_3d", "aten.cudnn_grid_sampler", batched=None)
 def grid_sampler(call: Call) -> Value:
-    """Samples each row of the input at that row's own points."""
+    """Sample each row of the input at that row's own points."""
     return _rows(call)
 
 
@@ -104,11 +104,11 @@ def col2im(call: Call) -> Value:
 
 @rule("aten.pixel_shuffle", "aten.pixel_unshuffle")
 def pixel_shuffle(call: Call) -> Value:
-    """Rearranges the last three dims."""
+    """Rearrange the last three dims."""
     return call.mixed(WINDOWS) if call.x.dim >= call.ndim - 3 else call.x
 
 
 @rule("aten.native_channel_shuffle", "aten.channel_shuffle")
 def channel_shuffle(call: Call) -> Value:
-    """Rearranges dim 1."""
+    """Rearrange dim 1."""
     return call.mixed("rearranges the batch axis") if call.x.dim == 1 else call.x

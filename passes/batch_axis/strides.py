@@ -16,7 +16,7 @@ from flashnorm_compile.passes.batch_axis.views import SCRAMBLES, find_digit
 
 @rule("aten.as_strided", "aten.as_strided_copy", "prims.as_strided")
 def as_strided(call: Call) -> Value:
-    """Reads the storage with other strides.
+    """Read the storage with other strides.
 
     Address ``f`` of a dense tensor belongs to sample ``(f // inner) % B``, where ``inner`` is
     the stride of the batch axis. An output dim of stride ``s`` and size ``n`` holds that digit

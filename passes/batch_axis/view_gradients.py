@@ -11,7 +11,7 @@ from flashnorm_compile.passes.batch_axis.values import Batched, Constant, Value
 
 @rule("aten.slice_backward")
 def slice_backward(call: Call) -> Value:
-    """Puts the gradient in the range that was taken; zeros around it."""
+    """Put the gradient in the range that was taken; zeros around it."""
     axis = call.x
     if call.dim(call["dim"]) != axis.dim or _whole(call, call.shape, call.out_shape):
         return axis
@@ -25,7 +25,7 @@ def _whole(call: Call, part: tuple, total: tuple) -> bool:
 
 @rule("aten.slice_scatter", "aten.slice_inverse", batched=("self", "src"))
 def slice_scatter(call: Call) -> Value:
-    """Overwrites a range of a dim."""
+    """Overwrite a range of a dim."""
     target, source = call.value(call["self"]), call.value(call["src"])
     if isinstance(source, Constant):
         return target  # constants at constant places
@@ -39,14 +39,14 @@ def slice_scatter(call: Call) -> Value:
 
 @rule("aten.select_backward")
 def select_backward(call: Call) -> Value:
-    """Puts the gradient at one entry of a new dim."""
+    """Put the gradient at one entry of a new dim."""
     dim = call.dim(call["dim"], call.ndim + 1)
     return call.x.at(call.x.dim + (dim <= call.x.dim))
 
 
 @rule("aten.select_scatter", batched=("self", "src"))
 def select_scatter(call: Call) -> Value:
-    """Overwrites one entry of a dim."""
+    """Overwrite one entry of a dim."""
     target, source = call.value(call["self"]), call.value(call["src"])
     if isinstance(source, Batched):
         source = source.at(source.dim + (call.dim(call["dim"]) <= source.dim))
@@ -55,7 +55,7 @@ def select_scatter(call: Call) -> Value:
 
 @rule("aten.unfold_backward")
 def unfold_backward(call: Call) -> Value:
-    """Adds up windows (the last dim) over a dim."""
+    """Add up windows (the last dim) over a dim."""
     if call.x.dim in (call.dim(call["dim"], call.ndim - 1), call.ndim - 1):
         return call.mixed("adds up windows over the batch axis")
     return call.x
@@ -63,7 +63,7 @@ def unfold_backward(call: Call) -> Value:
 
 @rule("aten.diag_embed")
 def diag_embed(call: Call) -> Value:
-    """Spreads the last dim over the diagonal of two dims."""
+    """Spread the last dim over the diagonal of two dims."""
     out_ndim = len(call.out_shape)
     plane = {call.dim(call["dim1"], out_ndim), call.dim(call["dim2"], out_ndim)}
     return _spread(call, plane)
@@ -71,7 +71,7 @@ def diag_embed(call: Call) -> Value:
 
 @rule("aten.diagonal_backward")
 def diagonal_backward(call: Call) -> Value:
-    """Puts the gradient (last dim) on the diagonal of two dims."""
+    """Put the gradient (last dim) on the diagonal of two dims."""
     return diag_embed(call)
 
 
@@ -84,5 +84,5 @@ def _spread(call: Call, plane: set[int]) -> Value:
 
 @rule("aten.diagonal_scatter")
 def diagonal_scatter(call: Call) -> Value:
-    """Writes constants to a diagonal."""
+    """Write constants to a diagonal."""
     return call.x

@@ -87,7 +87,7 @@ def reshape(call: Call) -> Value:
 
 @rule("aten.view.dtype", "aten.view_copy.dtype", "prims.view_of_dtype")
 def view_dtype(call: Call) -> Value:
-    """Reinterprets bytes; entries of another width regroup the last dim."""
+    """Reinterpret bytes; entries of another width regroup the last dim."""
     same_width = call.first.meta["val"].element_size() == call.outputs[0].element_size()
     if call.x.dim == call.ndim - 1 and not same_width:
         return call.mixed(SCRAMBLES)
@@ -96,11 +96,11 @@ def view_dtype(call: Call) -> Value:
 
 @rule("aten.view_as_real", "aten.view_as_real_copy")
 def view_as_real(call: Call) -> Value:
-    """Adds a last dim."""
+    """Add a last dim."""
     return call.x
 
 
 @rule("aten.view_as_complex", "aten.view_as_complex_copy")
 def view_as_complex(call: Call) -> Value:
-    """Takes the last dim (size 2, real and imaginary) away."""
+    """Take the last dim (size 2, real and imaginary) away."""
     return call.mixed(SCRAMBLES) if call.x.dim == call.ndim - 1 else call.x
