@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dis
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import CodeType
@@ -14,6 +15,7 @@ import sympy
 import torch
 from torch import fx
 from torch._dynamo import config as dynamo_config
+from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._functorch import config as functorch_config
 from torch._functorch._aot_autograd import descriptors
 from torch._guards import detect_fake_mode
@@ -59,7 +61,7 @@ class InputSource:
 
     Attributes:
         expression: Dynamo's name for it, such as ``L['batch']['x']``.
-        root: the local variable it is reached from, or None (a global).
+        root: the local or global variable it is reached from.
         path: keys, indices and attribute names from the root.
         in_module: whether the path goes through an ``nn.Module``.
         is_gradient: whether it is the ``.grad`` of a tensor.
@@ -93,7 +95,7 @@ def input_source(placeholder: fx.Node) -> InputSource | None:
                 path.append(getattr(link, attribute))
     return InputSource(
         expression=source.name() if callable(source.name) else source.name,
-        root=getattr(chain[-1], "local_name", None),
+        root=getattr(chain[-1], "local_name", None) or getattr(chain[-1], "global_name", None),
         path=tuple(path),
         in_module=any("Module" in kind or "ParamBuffer" in kind for kind in kinds),
         is_gradient="GradSource" in kinds,
@@ -119,11 +121,16 @@ class GraphBreak:
         lines = [line.strip() for line in self.reason.splitlines() if line.strip()]
         return " ".join(lines[:2])
 
-    def is_call_of(self, *methods: str) -> bool:
-        """Return whether the break is at a call of one of these methods."""
-        return any(method in self.reason for method in methods) or any(
-            f".{method.split('.')[-1]}(" in self.location for method in methods
-        )
+    @property
+    def is_backward(self) -> bool:
+        """Whether the break is the expected one, at ``backward()``."""
+        known = ("Tensor.backward()", "TensorVariable() backward", "torch.autograd.backward")
+        return any(text in self.reason for text in known)
+
+    @property
+    def is_optimizer(self) -> bool:
+        """Whether the break is inside an optimizer's own methods."""
+        return "Optimizer." in self.reason or "/torch/optim/" in self.location.replace("\\", "/")
 
 
 @dataclass(frozen=True)
@@ -249,15 +256,18 @@ def _logging_functions() -> set[Callable[..., Any]]:
     return found
 
 
+RecompileLimitError = FailOnRecompileLimitHit
+
+
 def require_strict_dynamo() -> None:
     """Make later frames of this process fail rather than fall back to eager in silence."""
     dynamo_config.suppress_errors = False
     dynamo_config.fail_on_recompile_limit_hit = True
 
 
-def dynamo_traces_autograd() -> bool:
-    """Return whether Dynamo was told to trace ``backward()`` into its graph."""
-    return bool(getattr(dynamo_config, "trace_autograd_ops", False))
+def dynamo_is_disabled() -> bool:
+    """Return whether Dynamo runs every function as it is."""
+    return os.environ.get("TORCHDYNAMO_DISABLE", "") == "1" or bool(dynamo_config.disable)
 
 
 # --- AOTAutograd and Inductor --------------------------------------------------------------------------

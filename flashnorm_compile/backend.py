@@ -23,8 +23,6 @@ from flashnorm_compile.runtime import PrivateGraph, StepState
 # state goes with it, and keeps it alive (an id is unique only as long as its object lives).
 _states: dict[int, tuple[Mapping[str, Any], StepState]] = {}
 
-_ALLOWED_BREAKS = ("backward", "Optimizer.zero_grad", "optimizer.step", "zero_grad")
-
 
 def flashnorm(
     gm: fx.GraphModule,
@@ -138,14 +136,14 @@ def _refuse_hidden_autograd(gm: fx.GraphModule) -> None:
 
 def _refuse_splits(frame: _torch.Frame) -> None:
     end = frame.end
-    if end is not None and not end.is_call_of("backward"):
+    if end is not None and not end.is_backward:
         raise PrivacyError(
             f"The forward of {frame.name} is split by a graph break at {end.location}: "
             f"{end.summary} What follows the break would get gradients that are not private. "
             "Remove the break, or move that line after backward()."
         )
     for broke in frame.earlier_breaks:
-        if not broke.is_call_of(*_ALLOWED_BREAKS):
+        if not (broke.is_backward or broke.is_optimizer):
             raise PrivacyError(
                 f"A graph break before the forward of {frame.name}, at {broke.location}, hides "
                 f"what happened to the batch there: {broke.summary} Remove the break, or do that "

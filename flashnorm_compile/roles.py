@@ -182,9 +182,11 @@ def _not_an_argument(source: InputSource, frame: Frame, name: str) -> str:
     if source.is_gradient:
         return f"{name} is read in {frame.name}: gradients may not flow back into the loss."
     if frame.resumed:
+        what = "A value" if name.startswith("___stack") else name
         return (
-            f"{name} was computed in {frame.name} before the graph break at "
-            f"{_first_break(frame)}; what happened to it there was not seen. {remedy}"
+            f"{what} was computed in {frame.name} before the graph break at "
+            f"{_first_break(frame)}; what happened to it there was not seen. Remove the break, or "
+            "compute it outside and pass it as an argument."
         )
     return (
         f"{name} reaches {frame.name} from a closure or a global variable, so it is not known "
@@ -193,7 +195,10 @@ def _not_an_argument(source: InputSource, frame: Frame, name: str) -> str:
 
 
 def _first_break(frame: Frame) -> str:
-    return frame.earlier_breaks[-1].location if frame.earlier_breaks else "an earlier line"
+    if not frame.earlier_breaks:
+        return "an earlier line"
+    broke = frame.earlier_breaks[-1]
+    return f"{broke.location} ({broke.summary})"
 
 
 def _user_name(source: InputSource) -> str:
@@ -201,7 +206,8 @@ def _user_name(source: InputSource) -> str:
     text = source.expression
     for container in ("._modules", "._parameters", "._buffers"):
         text = text.replace(container, "")
-    root, text = (source.root, text[len(f"L[{source.root!r}]") :]) if source.root else ("", text)
+    root = source.root or ""
+    text = text.removeprefix(f"L[{root!r}]").removeprefix(f"G[{root!r}]")
     if source.in_module:
         text = text.replace("['", ".").replace("']", "")
     name = f"{root}{text}"

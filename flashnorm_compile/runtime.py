@@ -211,6 +211,11 @@ class _Backward:
                 "with the same noise. Run the forward again."
             )
         for parameter, name in self._alive():
+            if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+                raise PrivacyError(
+                    f"{name} has a gradient hook, which could see or change gradients on their "
+                    "way to .grad. Remove the hook, or read .grad after backward()."
+                )
             if parameter.grad is None:
                 continue
             if self.state.accumulating:

@@ -1,9 +1,9 @@
-"""Poisson sampling of batches, which the privacy accounting assumes, and collation of empty ones."""
+"""Poisson sampling of batches, which the accounting assumes, and collation of empty ones."""
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -129,12 +129,12 @@ class EmptyBatchCollate:
     def __init__(
         self,
         dataset: Any,
-        collate_fn: Callable[[Sequence[Any]], Any] = default_collate,
+        collate_fn: Callable[[list[Any]], Any] = default_collate,
     ) -> None:
         self.dataset = dataset
         self.collate_fn = collate_fn
 
-    def __call__(self, samples: Sequence[Any]) -> Any:
+    def __call__(self, samples: list[Any]) -> Any:
         """Collate a list of samples, possibly empty."""
         if len(samples) > 0:
             return self.collate_fn(samples)
@@ -146,7 +146,8 @@ def _without_samples(batch: Any) -> Any:
     if isinstance(batch, torch.Tensor | np.ndarray):
         return batch[:0] if batch.ndim > 0 else batch
     if isinstance(batch, Mapping):
-        return type(batch)({name: _without_samples(value) for name, value in batch.items()})  # type: ignore[call-arg]
+        items = {name: _without_samples(value) for name, value in batch.items()}
+        return type(batch)(items)  # type: ignore[call-arg]
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(_without_samples(value) for value in batch))
     if isinstance(batch, tuple | list):

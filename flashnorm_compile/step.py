@@ -127,8 +127,15 @@ class PrivateStep(Generic[P, R]):
         graphs = state.graphs_run
         if not state.accumulating:
             state.observations.clear()
-        with _torch.strict_dynamo(), _running(self):
-            result = self._compiled(*args, **kwargs)
+        try:
+            with _torch.strict_dynamo(), _running(self):
+                result = self._compiled(*args, **kwargs)
+        except _torch.RecompileLimitError as error:
+            raise PrivacyError(
+                f"{self.__name__} was recompiled too often; the next run would not be compiled, "
+                "and its gradients not private. Run with TORCH_LOGS=recompiles to see what "
+                "changes from call to call, or raise torch._dynamo.config.recompile_limit."
+            ) from error
         if torch.is_grad_enabled() and state.graphs_run == graphs:
             _discard_gradients(args, kwargs)
             raise PrivacyError(

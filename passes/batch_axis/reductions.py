@@ -100,6 +100,8 @@ def online_softmax(call: Call) -> Value:
     "aten._safe_softmax",
     "aten._softmax_backward_data",
     "aten._log_softmax_backward_data",
+    "aten.glu",
+    "aten.glu_backward",
     batched=None,
 )
 def along(call: Call) -> Value:
