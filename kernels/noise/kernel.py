@@ -1,5 +1,8 @@
 """The noise on CUDA devices, in Triton: one read of the sum, one write of the result."""
 
+# Triton gives kernel arguments their types.
+# mypy: allow-untyped-defs
+
 from __future__ import annotations
 
 import torch
