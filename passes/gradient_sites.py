@@ -64,8 +64,11 @@ _LINEAR = {
     aten.unfold.default,
     aten.div.Scalar,
     aten.mul.Scalar,
+    operator.getitem,
 }
-_FIRST_ONLY = {aten.div.Tensor}
+_FIRST_ONLY = {aten.div.Tensor, aten._weight_norm_interface_backward.default}
+# By name: Inductor registers its own primitive when it is first imported.
+_FUSED = {"aten.addcmul.default", "prims.fma.default"}
 _PRODUCTS = {aten.mul.Tensor, aten.mm.default, aten.bmm.default, aten.mv.default}
 # (base, ..., values): linear in base and values together, with constant indices.
 _WRITES: dict[Any, tuple[int, ...]] = {
@@ -224,12 +227,40 @@ def _linear_arguments(node: fx.Node, name: str, analysis: Analysis) -> list[fx.N
         or (target in _LINEAR and mixed == [node.args[0]])
         or (target in _FIRST_ONLY and mixed == [node.args[0]])
         or (target in _PRODUCTS and len(mixed) == 1 and node.args[0] is not node.args[1])
+        or (str(target) in _FUSED and _linear_fma(node, analysis))
         or (target is aten.constant_pad_nd.default and _pads_with_zero(node))
         or (target in _WRITES and _only_in(node, mixed, _WRITES[target]))
     )
     if batched or not linear:
-        raise PrivacyError(describe_mixing(analysis, mixed or [node], f"parameter {name}"))
+        raise PrivacyError(_describe_tail(node, analysis, mixed, batched, name))
     return mixed
+
+
+def _linear_fma(node: fx.Node, analysis: Analysis) -> bool:
+    """a·b + c (or c + v·a·b): linear in c, and in a or b but not both."""
+    c, a, b = _fma_arguments(node)
+    mixed = [isinstance(x, fx.Node) and isinstance(analysis[x], Mixed) for x in (a, b)]
+    return not all(mixed)
+
+
+def _fma_arguments(node: fx.Node) -> tuple[Any, Any, Any]:
+    if node.target is aten.addcmul.default:
+        return node.args[0], node.args[1], node.args[2]
+    return node.args[2], node.args[0], node.args[1]
+
+
+def _describe_tail(
+    node: fx.Node,
+    analysis: Analysis,
+    mixed: list[fx.Node],
+    batched: list[fx.Node],
+    name: str,
+) -> str:
+    """Say why a value made of sums over samples is no gradient that can be clipped."""
+    text = describe_mixing(analysis, mixed, f"parameter {name}")
+    if batched:
+        return text
+    return f"{text} (Further on, {node.target} is not known to be linear. {_at(node)})"
 
 
 def _pads_with_zero(node: fx.Node) -> bool:
@@ -245,6 +276,12 @@ def _only_in(node: fx.Node, mixed: list[fx.Node], positions: tuple[int, ...]) ->
 
 
 def _adds_constant(node: fx.Node, analysis: Analysis) -> bool:
+    if str(node.target) in _FUSED:
+        c, a, b = _fma_arguments(node)
+        products = [x for x in (a, b) if isinstance(x, fx.Node)]
+        if all(isinstance(analysis[x], Constant) for x in products):
+            return True
+        return isinstance(analysis[c], Constant) and not is_zero_fill(c)
     if node.target in _SUMS:
         arguments = node.all_input_nodes
     elif node.target in _WRITES:

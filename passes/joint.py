@@ -71,7 +71,8 @@ def read_joint_graph(graph: fx.Graph) -> JointGraph | None:
             case other if tangent_of or _has_tangents(placeholders):
                 raise PrivacyError(
                     f"The step has an input that is not understood ({other}): inputs that share "
-                    "memory and tensor subclasses are not supported. Pass separate plain tensors."
+                    "memory, tensor subclasses, and operations with side effects (assertions on "
+                    "values, printing) are not supported. Pass separate plain tensors."
                 )
     if not tangent_of:
         return None

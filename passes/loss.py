@@ -205,42 +205,78 @@ class _Lifter:
 
         return self.emit(code, *vectors, before=node.next, like=node)
 
-    def _meet_samples(
-        self, node: fx.Node, lifted: list[fx.Node], others: list[fx.Node]
-    ) -> None:
+    def _meet_samples(self, node: fx.Node, lifted: list[fx.Node], others: list[fx.Node]) -> None:
         """Where the seed meets a batched value, put each sample's own number in its place."""
-        rank = node.meta["val"].ndim if isinstance(node.meta.get("val"), torch.Tensor) else -1
-        axes = {
-            value.at(value.dim + rank - arg.meta["val"].ndim)
-            for arg in others
-            if isinstance(value := self.analysis[arg], Batched)
-        }
-        if torch.Tag.pointwise not in getattr(node.target, "tags", ()) or len(axes) != 1:
+        if not _is_pointwise(node) or any(arg not in self.ancestry.tangents for arg in lifted):
             return  # stays mixed, and is refused if it reaches a gradient
-        axis = SampleAxis.of(axes.pop())
-        if any(arg not in self.ancestry.tangents for arg in lifted):
+        axis = self._axis_among(others) or self._axis_ahead(node)
+        if axis is None:
             return
-        correct = self.correct
-        reference = next(arg for arg in others if isinstance(self.analysis[arg], Batched))
-        for arg in lifted:
+        arguments = node.all_input_nodes
+        vectors = [self.vectors[arg] if arg in lifted else arg for arg in arguments]
+        axis_known, correct = axis, self.correct
 
-            def code(
-                vector: torch.Tensor, one: torch.Tensor, reference: torch.Tensor
-            ) -> torch.Tensor:
-                if correct:
-                    vector = vector / vector.shape[0]
-                size = reference.shape[axis.dim - rank]
-                shape = (size,) + (1,) * (rank - axis.dim - 1)
-                own = axis.spread(vector, vector.new_empty(1).expand(*(1,) * axis.dim, *shape))
-                # A sample that counts nothing has no gradient; its own number may be infinite.
-                own = torch.where(torch.isfinite(own), own, torch.zeros_like(own))
-                return own.to(one.dtype)
+        def code(*values: torch.Tensor) -> torch.Tensor:
+            shaped = {
+                arg: axis_known.shape_factor(x, correct).to(arg.meta["val"].dtype)
+                if arg in lifted
+                else x
+                for arg, x in zip(arguments, values, strict=True)
+            }
+            args = fx.map_arg(node.args, shaped.__getitem__)
+            kwargs = fx.map_arg(node.kwargs, shaped.__getitem__)
+            return node.target(*args, **kwargs)  # type: ignore[operator]
 
-            shaped = self.emit(
-                code, self.vectors[arg], arg, reference, before=node, like=node
-            )
-            node.replace_input_with(arg, shaped)
-            self.changed = True
+        node.replace_all_uses_with(self.emit(code, *vectors, before=node.next, like=node))
+        self.changed = True
+
+    def _axis_among(self, arguments: list[fx.Node]) -> _TrailingAxis | None:
+        """The batch axis that the batched arguments agree on."""
+        axes = {
+            _TrailingAxis(arg.meta["val"].ndim - value.dim, value.outer, value.inner)
+            for arg in arguments
+            if isinstance(value := self.analysis.values.get(arg), Batched)
+        }
+        return axes.pop() if len(axes) == 1 else None
+
+    def _axis_ahead(self, node: fx.Node) -> _TrailingAxis | None:
+        """The axis at which a value of the seed and constants meets the samples later on."""
+        for user in node.users:
+            if not _is_pointwise(user):
+                continue
+            axis = self._axis_among(user.all_input_nodes) or self._axis_ahead(user)
+            if axis is not None:
+                return axis
+        return None
+
+
+@dataclass(frozen=True)
+class _TrailingAxis:
+    """A batch axis counted from the end, as broadcasting does: 1 is the last dim."""
+
+    position: int
+    outer: sympy.Expr
+    inner: sympy.Expr
+
+    def shape_factor(self, vector: torch.Tensor, correct: bool) -> torch.Tensor:
+        """Shape a [B] vector to broadcast along the axis, 0 where it is not finite.
+
+        A sample that counts nothing has no gradient; its own factor may be infinite.
+        """
+        if correct:
+            vector = vector / vector.shape[0]
+        vector = torch.where(torch.isfinite(vector), vector, torch.zeros_like(vector))
+        outer, inner = int(self.outer), int(self.inner)
+        vector = vector.view(1, -1, 1).expand(outer, vector.shape[0], inner).reshape(-1)
+        return vector.view(-1, *(1,) * (self.position - 1))
+
+
+def _is_pointwise(node: fx.Node) -> bool:
+    return torch.Tag.pointwise in getattr(node.target, "tags", ()) or node.target in (
+        prims.convert_element_type.default,
+        aten._to_copy.default,
+        aten.where.self,
+    )
 
 
 def _is_one_number(node: fx.Node) -> bool:
@@ -264,6 +300,7 @@ class Term:
     node: fx.Node
     averages: bool
     factor: sympy.Expr
+    scaled: bool
     normalised: bool
 
 
@@ -271,24 +308,25 @@ def loss_terms(joint: JointGraph, analysis: Analysis, ancestry: Ancestry) -> lis
     """Follow each scalar loss back through its linear tail to the reductions over samples."""
     terms: list[Term] = []
     pending = [
-        (output, sympy.Integer(1), False)
+        (output, sympy.Integer(1), False, False)
         for output in dict.fromkeys(joint.tangents.values())
         if isinstance(analysis[output], Mixed) and _is_one_number(output)
     ]
     while pending:
-        node, factor, normalised = pending.pop()
+        node, factor, scaled, normalised = pending.pop()
         if not isinstance(analysis[node], Mixed):
             continue
         if node.target in _COUNTS and isinstance(analysis[node.args[0]], Batched):
             averages = node.target in (aten.mean.default, aten.mean.dim)
             if averages:
                 factor = factor * _reduced_size(node)
-            terms.append(Term(node, averages, factor, normalised))
+            terms.append(Term(node, averages, factor, scaled, normalised))
             continue
         for arg in node.all_input_nodes:
             step = _factor(node, arg, analysis, ancestry)
             if step is not None:
-                pending.append((arg, factor * step[0], normalised or step[1]))
+                number, counts = step
+                pending.append((arg, factor * number, scaled or number != 1, normalised or counts))
     return terms
 
 
@@ -309,7 +347,7 @@ def check_reduction(
         if term.normalised:
             continue  # each sample has its own count
         if batch.is_Integer:
-            fits = term.averages == mean or (mean and term.factor != 1)
+            fits = term.averages == mean or (mean and term.scaled)
         else:
             scaled = sympy.simplify(term.factor * batch) if mean else term.factor
             fits = batch not in scaled.free_symbols

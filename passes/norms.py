@@ -46,12 +46,13 @@ def insert_norms(
             continue
         samples = materialize(gradient, context, scale)
         per_sample[gradient.index] = samples
-        squares.append(context.emit(_square_norm, samples, before=samples.next, like=samples))
+        squares.append(context.emit(square_norm, samples, before=samples.next, like=samples))
     return Norms(squares, per_sample)
 
 
-def _square_norm(samples: torch.Tensor) -> torch.Tensor:
-    return samples.float().square().flatten(1).sum(1)
+def square_norm(samples: torch.Tensor) -> torch.Tensor:
+    """Squared norms [B] of per-sample gradients [B, ...], in float32."""
+    return samples.float().square().reshape(samples.shape[0], -1).sum(1)
 
 
 def _ghost(gradient: ParameterGradient) -> list[fx.Node]:
@@ -143,9 +144,14 @@ def _call(node: fx.Node, args: tuple, kwargs: dict) -> torch.Tensor:  # type: ig
     if node.target is aten.index_put.default:
         base, indices, values, *rest = args
         return aten.index_put(base.to(values.dtype), indices, values, *rest)
-    if node.target in (aten.slice_scatter.default, aten.select_scatter.default):
+    if node.target is aten.slice_scatter.default:
+        base, values, dim, start, end, step = (*args, *(0, None, None, 1)[len(args) - 2 :])
+        # "To the end" is written as the largest integer, which overflows under vmap.
+        end = base.shape[dim] if end is None else min(end, base.shape[dim])
+        return aten.slice_scatter(base.to(values.dtype), values, dim, start, end, step)
+    if node.target is aten.select_scatter.default:
         base, values, *rest = args
-        return node.target(base.to(values.dtype), values, *rest)
+        return aten.select_scatter(base.to(values.dtype), values, *rest)
     if node.target in (aten.mm.default, aten.bmm.default, aten.mv.default):
         wide = torch.promote_types(args[0].dtype, args[1].dtype)
         return node.target(args[0].to(wide), args[1].to(wide))

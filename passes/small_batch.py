@@ -10,7 +10,7 @@ from torch import fx
 from flashnorm_compile.passes.batch_axis.analysis import Analysis
 from flashnorm_compile.passes.emit import Emitter
 from flashnorm_compile.passes.joint import JointGraph
-from flashnorm_compile.passes.norms import Norms
+from flashnorm_compile.passes.norms import Norms, square_norm
 from flashnorm_compile.passes.plan import Plan, Row
 from flashnorm_compile.passes.release import insert_clipping, insert_noise
 from flashnorm_compile.passes.sites import Context, Cost
@@ -50,7 +50,7 @@ def one_sample(joint: JointGraph, request: Request) -> Plan:
         for index in indices
     }
     squares = [
-        context.emit(lambda x: x.float().square().flatten(1).sum(1), x, before=before)
+        context.emit(square_norm, x, before=before)
         for x in samples.values()
     ]
     scale = context.emit(lambda x: x.new_full((), 1.0), context.batch, before=before)

@@ -18,6 +18,7 @@ _MOVES = frozenset(
         "aten._unsafe_view.default",
         "aten.reshape.default",
         "aten.unsqueeze.default",
+        "aten.slice.Tensor",
         "aten.squeeze.dim",
         "aten.squeeze.dims",
         "aten.expand.default",

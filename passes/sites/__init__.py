@@ -5,13 +5,20 @@ from __future__ import annotations
 from torch import fx
 
 from flashnorm_compile.passes.sites.base import Context, Cost, Site
-from flashnorm_compile.passes.sites.convolution import ConvolutionSite
+from flashnorm_compile.passes.sites.convolution import ConvolutionBiasSite, ConvolutionSite
 from flashnorm_compile.passes.sites.embedding import EmbeddingSite
 from flashnorm_compile.passes.sites.generic import GenericSite
 from flashnorm_compile.passes.sites.matmul import MatmulSite
 from flashnorm_compile.passes.sites.reduction import ReductionSite
 
-KINDS = (MatmulSite, ReductionSite, EmbeddingSite, ConvolutionSite, GenericSite)
+KINDS = (
+    MatmulSite,
+    ReductionSite,
+    EmbeddingSite,
+    ConvolutionSite,
+    ConvolutionBiasSite,
+    GenericSite,
+)
 
 __all__ = ["KINDS", "Context", "Cost", "Site", "site_at"]
 

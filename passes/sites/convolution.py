@@ -12,6 +12,7 @@ from flashnorm_compile.passes.batch_axis.values import Batched
 from flashnorm_compile.passes.layout import SampleAxis, masked_scale
 from flashnorm_compile.passes.sites.base import Context
 from flashnorm_compile.passes.sites.generic import GenericSite
+from flashnorm_compile.passes.sites.reduction import ReductionSite
 
 aten = torch.ops.aten
 _FIRST = SampleAxis(0, 1, 1)
@@ -29,10 +30,8 @@ class ConvolutionSite(GenericSite):
     @classmethod
     def match(cls, node: fx.Node, context: Context) -> ConvolutionSite | None:
         """Recognise the site."""
-        call = node.args[0] if node.target is operator.getitem else None
-        if not isinstance(call, fx.Node) or call.target != aten.convolution_backward.default:
-            return None
-        if node.args[1] != 1:
+        call = _backward_call(node, 1)
+        if call is None:
             return None
         values = [context.analysis[call.args[0]], context.analysis[call.args[1]]]
         return cls(node, context) if all(value == Batched(0) for value in values) else None
@@ -70,3 +69,31 @@ class ConvolutionSite(GenericSite):
         return aten.convolution_backward(
             gradient, x, kernel, None, *rest[:-1], [False, True, False]
         )[1]
+
+
+class ConvolutionBiasSite(ReductionSite):
+    """The bias's output of ``convolution_backward``: the sum over samples and positions."""
+
+    kind: ClassVar[str] = "reduction"
+
+    def __init__(self, node: fx.Node, context: Context) -> None:
+        gradient = node.args[0].args[0]  # type: ignore[union-attr]
+        ndim = gradient.meta["val"].ndim  # type: ignore[union-attr]
+        dims = [dim for dim in range(ndim) if dim != 1]
+        super().__init__(node, context, operand=gradient, dims=dims)  # type: ignore[arg-type]
+
+    @classmethod
+    def match(cls, node: fx.Node, context: Context) -> ConvolutionBiasSite | None:
+        """Recognise the site."""
+        call = _backward_call(node, 2)
+        if call is None or context.analysis[call.args[0]] != Batched(0):  # type: ignore[index]
+            return None
+        return cls(node, context)
+
+
+def _backward_call(node: fx.Node, output: int) -> fx.Node | None:
+    """Return the ``convolution_backward`` of which a node picks one output."""
+    call = node.args[0] if node.target is operator.getitem else None
+    if not isinstance(call, fx.Node) or call.target is not aten.convolution_backward.default:
+        return None
+    return call if node.args[1] == output else None

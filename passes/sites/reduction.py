@@ -19,21 +19,39 @@ class ReductionSite(Site):
 
     kind: ClassVar[str] = "reduction"
 
-    def __init__(self, node: fx.Node, context: Context) -> None:
+    def __init__(
+        self,
+        node: fx.Node,
+        context: Context,
+        *,
+        operand: fx.Node,
+        dims: list[int],
+        keepdim: bool = False,
+    ) -> None:
         super().__init__(node, context)
-        self.operand = node.args[0]
-        ndim = self.operand.meta["val"].ndim
-        dims = node.args[1] if len(node.args) > 1 and node.args[1] else range(ndim)
-        self.dims = sorted(dim % ndim for dim in dims)
-        self.keepdim = bool(node.args[2]) if len(node.args) > 2 else False
-        self.axis = SampleAxis.of(context.analysis[self.operand])
+        self.operand = operand
+        self.dims = dims
+        self.keepdim = keepdim
+        self.axis = SampleAxis.of(context.analysis[operand])
 
     @classmethod
-    def match(cls, node: fx.Node, context: Context) -> ReductionSite | None:
+    def match(cls, node: fx.Node, context: Context) -> Site | None:
         """Recognise the site."""
         if node.target not in (aten.sum.dim_IntList, aten.sum.default):
             return None
-        return cls(node, context) if isinstance(context.analysis[node.args[0]], Batched) else None
+        operand = node.args[0]
+        if not isinstance(context.analysis[operand], Batched):
+            return None
+        ndim = operand.meta["val"].ndim
+        dims = node.args[1] if len(node.args) > 1 and node.args[1] else range(ndim)
+        keepdim = bool(node.args[2]) if len(node.args) > 2 else False
+        return cls(
+            node,
+            context,
+            operand=operand,
+            dims=sorted(dim % ndim for dim in dims),
+            keepdim=keepdim,
+        )
 
     def per_sample(self) -> fx.Node:
         """Emit [B, *shape]: the sample's own sum over the other reduced dims."""
