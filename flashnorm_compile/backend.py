@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from flashnorm_compile import _torch
+from flashnorm_compile.empty_batch import EmptyBatchGraph
 from flashnorm_compile.errors import PrivacyError
 from flashnorm_compile.options import Options
 from flashnorm_compile.passes.pipeline import Report, Request, make_private
@@ -83,16 +84,22 @@ def compile_graph(
 def _compile_training(
     gm: fx.GraphModule, inputs: Sequence[Any], roles: Roles, state: StepState, mode: str | None
 ) -> Callable[..., Any]:
-    extended, extra = _append_state(gm, roles)
     count = len(roles.inputs)
     parameters = {
         each.index: each.name
         for each in roles.inputs
         if each.role is Role.PARAMETER and each.requires_grad
     }
+    first = roles.batch_input
+    assert first.batch_dim is not None
+    if isinstance(roles.batch_size, int) and roles.batch_size == 0:
+        empty = EmptyBatchGraph(gm.forward, list(parameters))
+        return PrivateGraph(empty, state, first.index, first.batch_dim, list(parameters.items()))
     request = Request(
         parameters=parameters,
-        batch_dims={each.index: each.batch_dim for each in roles.inputs if each.batch_dim is not None},
+        batch_dims={
+            each.index: each.batch_dim for each in roles.inputs if each.batch_dim is not None
+        },
         names={each.index: each.name for each in roles.inputs},
         batch_size=roles.batch_size,
         probe=count,
@@ -101,12 +108,11 @@ def _compile_training(
         loss_reduction=state.options.loss_reduction,
         strategy=state.options.strategy,
     )
+    extended, extra = _append_state(gm, roles)
     joint_pass = _Pass(request, state)
     compiled = _compile(extended, [*inputs, *extra], joint_pass, state.options, mode)
     if joint_pass.error is not None:
         return refusal(joint_pass.error)
-    first = roles.batch_input
-    assert first.batch_dim is not None
     return PrivateGraph(compiled, state, first.index, first.batch_dim, list(parameters.items()))
 
 
@@ -115,11 +121,10 @@ def _is_training(gm: fx.GraphModule) -> bool:
         return False
     found: list[fx.Node] = []
     fx.map_arg(gm.graph.output_node().args, found.append)
-    writes = [n for n in gm.graph.find_nodes(op="placeholder")]
     return any(
         isinstance(value := node.meta.get("example_value"), torch.Tensor) and value.requires_grad
         for node in found
-        if node not in writes
+        if node.op != "placeholder"
     )
 
 

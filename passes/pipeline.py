@@ -23,7 +23,7 @@ from flashnorm_compile.passes.release import (
     insert_weighted_gradients,
 )
 from flashnorm_compile.passes.sites import Context
-from flashnorm_compile.passes.small_batch import add_noise_alone, one_sample
+from flashnorm_compile.passes.one_sample import one_sample
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Request:
         parameters: input index → name, for inputs that get a gradient.
         batch_dims: input index → batch dim, for batch inputs.
         names: input index → name, for all inputs.
-        batch_size: B, a number or symbolic.
+        batch_size: B ≥ 1, a number or symbolic.
         probe, key, scalars: indices of the appended inputs: [B] float32, whose gradient carries
             the norms out; int64 (seed, release); float32 (C, σC, 1/E).
         loss_reduction: "mean" or "sum".
@@ -79,10 +79,9 @@ def make_private(graph: fx.Graph, request: Request) -> Report | None:
     if not _private_gradients(joint, request):
         return None
     size = size_expr(request.batch_size)
-    if size.is_Integer and int(size) < 2:
-        # 0 or 1 samples cannot mix; their axis is not analysed.
+    if size == 1:
         refuse_state_writes(joint, _taint(joint, request), request)
-        plan = add_noise_alone(joint, request) if int(size) == 0 else one_sample(joint, request)
+        plan = one_sample(joint, request)
     else:
         plan = _rewrite(joint, request)
     graph.eliminate_dead_code()

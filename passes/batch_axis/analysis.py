@@ -17,7 +17,7 @@ from flashnorm_compile.passes.batch_axis.call import Call, nodes_in, shape_of
 from flashnorm_compile.passes.batch_axis.registry import Entry
 from flashnorm_compile.passes.batch_axis.sizes import depends_on_data, product, same
 from flashnorm_compile.passes.batch_axis.values import Batched, Constant, Mixed, Value
-from flashnorm_compile.passes.batch_axis.writes import Writes
+from flashnorm_compile.passes.batch_axis.writes import REPLACES_STORAGE, Writes
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,8 @@ class _Driver:
     def _call_value(self, node: fx.Node) -> Value:
         if node.target is getitem and isinstance(node.args[0], fx.Node):
             return _item(self._read(node, node.args[0]), node.args[1])
+        if str(node.target).startswith(REPLACES_STORAGE):
+            return Mixed(node, "replaces the storage of a tensor")
         entry = registry.find(node.target)
         call = Call(node, self.values, self.batch)
         values = [v for n in _inputs(call, entry, self.values) for v in _flat(self._read(node, n))]

@@ -23,7 +23,10 @@ def quotient(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr | None:
         return sympy.Integer(int(a) // int(b)) if b != 0 and int(a) % int(b) == 0 else None
     if b == 0:
         return None
-    ratio = sympy.cancel(a / b)
+    try:
+        ratio = sympy.cancel(a / b)
+    except sympy.PolynomialError:  # sizes with conditions in them
+        return None
     _, denominator = sympy.fraction(sympy.together(ratio))
     return sympy.expand(ratio) if denominator == 1 else None
 

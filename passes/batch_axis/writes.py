@@ -13,6 +13,9 @@ from torch import fx
 
 from flashnorm_compile.passes.batch_axis.call import bind_arguments, nodes_in
 
+# From here on its two arguments share a storage, which schemas cannot say.
+REPLACES_STORAGE = "aten.set_."
+
 
 class Writes:
     """Which storages were overwritten with something that is not constant, and by whom."""
@@ -42,6 +45,8 @@ def _written(node: fx.Node) -> list[fx.Node]:
         return [] if pure else list(node.all_input_nodes)
     if not schema.is_mutable:
         return []
+    if str(node.target).startswith(REPLACES_STORAGE):
+        return list(node.all_input_nodes)
     arguments = bind_arguments(node)
     written = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
     return [n for name in written for n in nodes_in(arguments[name])]

@@ -1,10 +1,9 @@
-"""Batches of one sample or none, where nothing can mix."""
+"""A batch of one sample, where nothing can mix."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import fx
 
 from flashnorm_compile.passes.batch_axis.analysis import Analysis
@@ -18,26 +17,6 @@ from flashnorm_compile.passes.sites.generic import weighted_sum
 
 if TYPE_CHECKING:
     from flashnorm_compile.passes.pipeline import Request
-
-
-def add_noise_alone(joint: JointGraph, request: Request) -> Plan:
-    """Without samples a gradient is noise."""
-    context = _context(joint, request)
-    sums = {
-        index: context.emit(
-            lambda x: torch.zeros_like(x, dtype=torch.float32),
-            joint.inputs[index],
-            before=joint.output_node,
-        )
-        for index in request.parameters
-        if index in joint.gradients
-    }
-    insert_noise(
-        joint, sums, joint.inputs[request.key], joint.inputs[request.scalars], context
-    )
-    empty = context.emit(torch.zeros_like, context.batch, before=joint.output_node)
-    joint.replace_gradient(request.probe, empty)
-    return _plan(joint, request)
 
 
 def one_sample(joint: JointGraph, request: Request) -> Plan:
