@@ -1,31 +1,47 @@
-"""Convolution weights, of any dimension, grouped, dilated or transposed."""
+"""Convolution weights, of any dimension, grouped, dilated or transposed.
+
+With patches P_i [C/g·k, L] of the input and the output's gradient G_i [O/g, L] over L positions, a
+sample's gradient is the matrix product G_i P_iᵀ, per group (Rochette et al. 2019, arXiv
+1912.06015). A transposed convolution swaps the roles of input and gradient.
+"""
 
 from __future__ import annotations
 
+import math
 import operator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
+from torch.nn import functional
 
 from flashnorm_compile.passes.batch_axis.values import Batched
+from flashnorm_compile.passes.emit import half_matmul
 from flashnorm_compile.passes.layout import SampleAxis, masked_scale
-from flashnorm_compile.passes.sites.base import Context
-from flashnorm_compile.passes.sites.generic import GenericSite
+from flashnorm_compile.passes.sites.base import Context, Cost, Site, hint
 from flashnorm_compile.passes.sites.reduction import ReductionSite
 
 aten = torch.ops.aten
 _FIRST = SampleAxis(0, 1, 1)
 
 
-class ConvolutionSite(GenericSite):
-    """The weight's output of ``convolution_backward``.
-
-    Per-sample gradients come from one backward over B·groups groups (Rochette et al. 2019,
-    arXiv 1912.06015), which is what vmap makes of the operation.
-    """
+class ConvolutionSite(Site):
+    """The weight's output of ``convolution_backward``."""
 
     kind: ClassVar[str] = "convolution"
+
+    def __init__(self, node: fx.Node, context: Context) -> None:
+        super().__init__(node, context)
+        call: Any = node.args[0]
+        self.gradient, self.input, self.weight = call.args[:3]
+        self.geometry = call.args[4:10]
+        _, padding, dilation, self.transposed, _, self.groups = self.geometry
+        dims = self.weight.meta["val"].ndim - 2
+        # One number may stand for all dims.
+        self.stride, self.padding, self.dilation = (
+            list(given) * (dims // len(given)) for given in (self.geometry[0], padding, dilation)
+        )
+        self.kernel = [int(size) for size in self.weight.meta["val"].shape[2:]]
 
     @classmethod
     def match(cls, node: fx.Node, context: Context) -> ConvolutionSite | None:
@@ -33,42 +49,105 @@ class ConvolutionSite(GenericSite):
         call = _backward_call(node, 1)
         if call is None:
             return None
-        values = [context.analysis[call.args[0]], context.analysis[call.args[1]]]
+        values = [context.analysis[call.args[0]], context.analysis[call.args[1]]]  # type: ignore[index]
         return cls(node, context) if all(value == Batched(0) for value in values) else None
 
+    def per_sample(self) -> fx.Node:
+        """Emit [B, *weight shape]: one matrix product per sample and group."""
+        shape = self.weight.meta["val"].shape
+
+        def code(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+            outer, patches = self._operands(gradient, x)
+            return torch.matmul(outer, patches.mT).reshape(-1, *shape)
+
+        return self._emit(code)
+
+    def ghost(self) -> fx.Node:
+        """Emit the squared norms by Gram matrices over positions."""
+
+        def code(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+            outer, patches = self._operands(gradient, x)
+            grams = half_matmul(outer.mT, outer) * half_matmul(patches.mT, patches)
+            return grams.flatten(1).sum(1)
+
+        return self._emit(code)
+
     def weighted(self, weights: fx.Node, before: fx.Node) -> fx.Node:
-        """Emit the same backward with the output's gradient scaled."""
-        rest = self.call.args[2:10]
+        """Emit the same backward with the output's gradient scaled, in float32."""
 
         def code(
             weights: torch.Tensor, gradient: torch.Tensor, x: torch.Tensor, kernel: torch.Tensor
         ) -> torch.Tensor:
-            if gradient.dtype in (torch.bfloat16, torch.float16) and not gradient.is_cuda:
+            if gradient.dtype in (torch.bfloat16, torch.float16):
+                # A convolution rounds its result to its operands' precision.
                 gradient, x, kernel = gradient.float(), x.float(), kernel.float()
-            result = aten.convolution_backward(
-                masked_scale(_FIRST, gradient, weights, scale=True),
-                masked_scale(_FIRST, x, weights, scale=False),
-                kernel,
-                None,
-                *rest[2:],
-                [False, True, False],
-            )[1]
-            return result.float() if result.dtype in (torch.bfloat16, torch.float16) else result
+            gradient = masked_scale(_FIRST, gradient, weights, scale=True)
+            x = masked_scale(_FIRST, x, weights, scale=False)
+            outputs = [False, True, False]
+            return aten.convolution_backward(gradient, x, kernel, None, *self.geometry, outputs)[1]
 
-        gradient, x, kernel = self.call.args[:3]
         return self.context.emit(
-            code, weights, gradient, x, kernel, before=before, like=self.node
+            code,
+            weights,
+            self.gradient,
+            self.input,
+            self.weight,
+            before=before,
+            like=self.node,
         )
 
-    def _run(self, *operands: torch.Tensor) -> torch.Tensor:
-        values = dict(zip(self.operands, operands, strict=True))
-        gradient, x, kernel, _, *rest = (
-            values[arg] if isinstance(arg, fx.Node) else arg for arg in self.call.args
+    def materialize_cost(self) -> Cost:
+        """Patches written and read, and a gradient per sample."""
+        batch, positions, outer, inner = self._sizes()
+        size = self.gradient.meta["val"].element_size()
+        patches = 2.0 * size * batch * positions * inner * self.groups
+        return Cost(flops=0.0, bytes=patches + 3.0 * size * batch * outer * inner * self.groups)
+
+    def ghost_cost(self) -> Cost:
+        """Patches, two Gram matrices per group, and the weighted operands."""
+        batch, positions, outer, inner = self._sizes()
+        size = self.gradient.meta["val"].element_size()
+        moved = 2.0 * size * batch * positions * (2 * inner + outer) * self.groups
+        grams = 3.0 * 4.0 * batch * self.groups * positions**2
+        flops = 2.0 * batch * self.groups * positions**2 * (outer + inner)
+        return Cost(flops=flops, bytes=moved + grams)
+
+    def _operands(
+        self, gradient: torch.Tensor, x: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return [B, g, O/g, L] and patches [B, g, C/g·k, L]."""
+        outer, inner = (x, gradient) if self.transposed else (gradient, x)
+        inner = functional.pad(inner, [side for p in reversed(self.padding) for side in (p, p)])
+        dims = len(self.kernel)
+        for i, (size, stride, dilation) in enumerate(
+            zip(self.kernel, self.stride, self.dilation, strict=True)
+        ):
+            span = dilation * (size - 1) + 1
+            inner = inner.unfold(2 + i, span, stride).narrow(2 + i, 0, outer.shape[2 + i])
+            inner = inner[..., ::dilation]
+        # [B, C, *positions, *kernel] → [B, g, C/g, *kernel, *positions]
+        batch, channels = inner.shape[:2]
+        inner = inner.unflatten(1, (self.groups, channels // self.groups))
+        order = (0, 1, 2, *range(3 + dims, 3 + 2 * dims), *range(3, 3 + dims))
+        rows = channels // self.groups * math.prod(self.kernel)
+        positions = math.prod(outer.shape[2:])
+        patches = inner.permute(order).reshape(batch, self.groups, rows, positions)
+        per_group = outer.shape[1] // self.groups
+        return outer.reshape(batch, self.groups, per_group, positions), patches
+
+    def _sizes(self) -> tuple[float, float, float, float]:
+        """B, positions, and the rows of the two operands per group."""
+        outer = (self.input if self.transposed else self.gradient).meta["val"]
+        weight = self.weight.meta["val"].shape
+        return (
+            hint(outer.shape[0]),
+            math.prod(hint(size) for size in outer.shape[2:]),
+            hint(weight[0]) / self.groups,
+            float(hint(weight[1]) * math.prod(self.kernel)),
         )
-        # Only the weight's gradient is wanted.
-        return aten.convolution_backward(
-            gradient, x, kernel, None, *rest[:-1], [False, True, False]
-        )[1]
+
+    def _emit(self, code: Any) -> fx.Node:
+        return self.context.emit(code, self.gradient, self.input, before=self.node.args[0])
 
 
 class ConvolutionBiasSite(ReductionSite):
