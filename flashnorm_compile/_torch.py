@@ -124,8 +124,10 @@ class GraphBreak:
     @property
     def is_backward(self) -> bool:
         """Whether the break is the expected one, at ``backward()``."""
-        known = ("Tensor.backward()", "TensorVariable() backward", "torch.autograd.backward")
-        return any(text in self.reason for text in known)
+        known = ("Tensor.backward()", "TensorVariable() backward")
+        # torch 2.11 goes on into Tensor.backward and stops at the call inside.
+        inside = "torch.autograd.backward(" in self.location
+        return inside or any(text in self.reason for text in known)
 
     @property
     def is_optimizer(self) -> bool:

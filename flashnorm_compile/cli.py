@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -77,9 +78,7 @@ def train(
         bool,
         typer.Option(help="Train the same model without privacy too.", rich_help_panel=_TRAINING),
     ] = True,
-    device: Annotated[
-        Literal["auto", "cpu", "cuda"], typer.Option(rich_help_panel=_RUN)
-    ] = "auto",
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(rich_help_panel=_RUN)] = "auto",
     lowering: Annotated[
         config.Lowering,
         typer.Option(help="Generate code, or run graphs as they are.", rich_help_panel=_RUN),
@@ -109,6 +108,8 @@ def train(
 
     Writes curve.png, metrics.json, model.pt (the private weights) and checkpoint.pt.
     """
+    # Optimizers profile their step; Dynamo warns that it leaves the profiling out.
+    logging.getLogger("torch._dynamo.variables").setLevel(logging.ERROR)
     names = set(_DEFAULTS.to_dict())
     settings = {name: value for name, value in _given(ctx).items() if name in names}
     request = command.Request(settings, device, output_dir, resume, baseline)

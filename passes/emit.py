@@ -9,7 +9,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from flashnorm_compile._torch import decompositions, detect_fake_mode
+from flashnorm_compile._torch import decompositions, detect_fake_mode, size_expr
 
 
 class Emitter:
@@ -51,6 +51,7 @@ class Emitter:
                 *(node.meta["val"] for node in nodes)
             )
         snippet.graph.eliminate_dead_code()
+        _refuse_writes_into_expanded(snippet.graph)
         return self._splice(snippet, nodes, before, like or before)
 
     def _splice(
@@ -73,6 +74,30 @@ class Emitter:
                     )
         result = snippet.graph.output_node().args[0]
         return torch.fx.map_arg(result, lambda source: mapping[source])
+
+
+_WRITES = {
+    torch.ops.aten.index_put,
+    torch.ops.aten.scatter_add,
+    torch.ops.aten.scatter,
+    torch.ops.aten.index_add,
+    torch.ops.aten.slice_scatter,
+    torch.ops.aten.select_scatter,
+}
+
+
+def _refuse_writes_into_expanded(graph: fx.Graph) -> None:
+    """Guard against a miscompilation: Inductor makes such a write one in place."""
+    for node in graph.nodes:
+        if getattr(node.target, "overloadpacket", None) not in _WRITES:
+            continue
+        value = node.args[0].meta["val"]
+        if any(
+            stride == 0 and size_expr(size) != 1
+            for stride, size in zip(value.stride(), value.shape, strict=True)
+            if isinstance(stride, int)
+        ):
+            raise AssertionError(f"{node.target} writes into an expanded tensor; give it its own")
 
 
 def _provenance(like: fx.Node) -> dict[str, Any]:

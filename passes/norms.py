@@ -10,6 +10,7 @@ from torch import fx
 from flashnorm_compile.passes.gradient_sites import CASTS, ParameterGradient
 from flashnorm_compile.passes.plan import Plan, pair
 from flashnorm_compile.passes.sites import Context
+from flashnorm_compile.passes.sites.generic import masked_index_put, own_base
 
 aten = torch.ops.aten
 
@@ -143,15 +144,21 @@ def run_tail(
 def _call(node: fx.Node, args: tuple, kwargs: dict) -> torch.Tensor:  # type: ignore[type-arg]
     if node.target is aten.index_put.default:
         base, indices, values, *rest = args
-        return aten.index_put(base.to(values.dtype), indices, values, *rest)
+        return aten.index_put(own_base(base, values), indices, values, *rest)
+    if node.target is aten._unsafe_masked_index_put_accumulate.default:
+        base, mask, indices, values = args
+        return masked_index_put(own_base(base, values), mask, indices, values)
+    if node.target is aten.scatter_add.default:
+        base, dim, index, values = args
+        return aten.scatter_add(own_base(base, values), dim, index, values)
     if node.target is aten.slice_scatter.default:
         base, values, dim, start, end, step = (*args, *(0, None, None, 1)[len(args) - 2 :])
         # "To the end" is written as the largest integer, which overflows under vmap.
         end = base.shape[dim] if end is None else min(end, base.shape[dim])
-        return aten.slice_scatter(base.to(values.dtype), values, dim, start, end, step)
+        return aten.slice_scatter(own_base(base, values), values, dim, start, end, step)
     if node.target is aten.select_scatter.default:
         base, values, *rest = args
-        return aten.select_scatter(base.to(values.dtype), values, *rest)
+        return aten.select_scatter(own_base(base, values), values, *rest)
     if node.target in (aten.mm.default, aten.bmm.default, aten.mv.default):
         wide = torch.promote_types(args[0].dtype, args[1].dtype)
         return node.target(args[0].to(wide), args[1].to(wide))

@@ -248,9 +248,3 @@ def embedding_dense_backward(call: Call) -> Value:
 def data_dependent(call: Call) -> Value:
     """Return as many entries as the data say."""
     return call.mixed(DATA_SHAPE)
-
-
-@rule("aten._local_scalar_dense", "aten.item", "prims.item", batched=None)
-def item(call: Call) -> Value:
-    """Read a number out of a tensor."""
-    return call.mixed("reads a number that depends on the samples")

@@ -78,7 +78,9 @@ def batch_norm(call: Call) -> Value:
     statistics = Batched(0, call.x.outer, call.x.inner)
     if not _trains(call):
         return (call.x, *[Constant()] * (len(call.outputs) - 1))
-    if call.x.dim != 1:
+    # The fused kernels also return a buffer for their backward, in no known layout.
+    fused = any(part in str(call.node.target) for part in ("with_update", "cudnn"))
+    if call.x.dim != 1 or fused:
         return call.mixed(BATCH_NORM)
     rest = (Constant() if is_empty(out) else statistics for out in call.outputs[1:])
     return (call.x, *rest)

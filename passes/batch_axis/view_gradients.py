@@ -23,7 +23,7 @@ def _whole(call: Call, part: tuple, total: tuple) -> bool:
     return call["step"] == 1 and same(part[dim], total[dim])
 
 
-@rule("aten.slice_scatter", "aten.slice_inverse", batched=("self", "src"))
+@rule("aten.slice_scatter", batched=("self", "src"))
 def slice_scatter(call: Call) -> Value:
     """Overwrite a range of a dim."""
     target, source = call.value(call["self"]), call.value(call["src"])

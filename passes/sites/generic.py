@@ -78,7 +78,14 @@ class GenericSite(Site):
         args = fx.map_arg(self.call.args, substitute)
         kwargs = fx.map_arg(self.call.kwargs, substitute)
         if self.call.target is aten._unsafe_masked_index_put_accumulate.default:
-            return _masked_index_put(*args)
+            base, mask, indices, rows = args
+            return masked_index_put(own_base(base, rows), mask, indices, rows)
+        if self.call.target is aten.index_put.default:
+            base, indices, rows, *rest = args
+            return aten.index_put(own_base(base, rows), indices, rows, *rest)
+        if self.call.target is aten.scatter_add.default:
+            base, dim, index, rows = args
+            return aten.scatter_add(own_base(base, rows), dim, index, rows)
         result = self.call.target(*args, **kwargs)  # type: ignore[operator]
         return result if self.pick is None else result[self.pick]
 
@@ -95,6 +102,15 @@ def weighted_sum(per_sample: torch.Tensor, weights: torch.Tensor) -> torch.Tenso
     return torch.where(weights == 0, zero, per_sample * weights).sum(0)
 
 
+def own_base(base: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Give each sample a base of its own to write into.
+
+    Under vmap a shared base would be expanded, and Inductor (2.11 to 2.13) turns a write into an
+    expanded tensor into one in place, so that all samples land in one another's rows.
+    """
+    return values.new_zeros(base.shape) + base.to(values.dtype)
+
+
 def is_zero_fill(node: fx.Node) -> bool:
     """Return whether a node is a tensor of zeros."""
     if node.target in (aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default):
@@ -104,7 +120,7 @@ def is_zero_fill(node: fx.Node) -> bool:
     return node.target in (aten.full.default, aten.full_like.default) and node.args[1] == 0
 
 
-def _masked_index_put(
+def masked_index_put(
     base: torch.Tensor, mask: torch.Tensor, indices: list[torch.Tensor | None], values: torch.Tensor
 ) -> torch.Tensor:
     """The masked accumulation, in operations that vmap knows."""
