@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from flashnorm_compile.passes.gradient_sites import CASTS, ParameterGradient
-from flashnorm_compile.passes.plan import Plan, pair
+from flashnorm_compile.passes.plan import Choice, Plan, pair
 from flashnorm_compile.passes.sites import Context
 from flashnorm_compile.passes.sites.generic import masked_index_put, own_base
 
@@ -20,12 +20,12 @@ class Norms:
     """What the norm pass leaves in the graph.
 
     Attributes:
-        squares: one [B] float32 node per parameter.
-        per_sample: input index → per-sample gradients [B, *shape], for materialised parameters.
+        squares: [B] float32 nodes, whose sum is the squared norm.
+        per_sample: gradient or site node → its per-sample gradients [B, ...], where materialised.
     """
 
     squares: list[fx.Node]
-    per_sample: dict[int, fx.Node]
+    per_sample: dict[fx.Node, fx.Node]
 
 
 def insert_norms(
@@ -39,36 +39,57 @@ def insert_norms(
         context: what sites need.
         scale: 0-d; g_i is ``scale`` times what the graph holds (B for a mean loss).
     """
-    squares: list[fx.Node] = []
-    per_sample: dict[int, fx.Node] = {}
+    norms = Norms([], {})
     for gradient in gradients:
-        if plan.strategy(gradient.index) == "ghost":
-            squares.extend(_ghost(gradient))
-            continue
-        samples = materialize(gradient, context, scale)
-        per_sample[gradient.index] = samples
-        squares.append(context.emit(square_norm, samples, before=samples.next, like=samples))
-    return Norms(squares, per_sample)
+        choices = plan.choices(gradient.index)
+        if len(choices) == len(gradient.sites) and not gradient.affine and _apart(gradient):
+            _site_by_site(gradient, choices, norms)
+        else:
+            samples = materialize(gradient, context, scale)
+            norms.per_sample[gradient.output] = samples
+            _add_square(norms, samples, context)
+    return norms
+
+
+def _apart(gradient: ParameterGradient) -> bool:
+    """Whether the norm follows from the sites' norms and inner products."""
+    return gradient.isometric or len(gradient.sites) > 1
+
+
+def _site_by_site(
+    gradient: ParameterGradient, choices: tuple[Choice, ...], norms: Norms
+) -> None:
+    """‖Σ_k g_k‖² = Σ_k ‖g_k‖² + 2 Σ_{k<l} ⟨g_k, g_l⟩."""
+    for site, choice in zip(gradient.sites, choices, strict=True):
+        if choice == "ghost":
+            norms.squares.append(site.ghost())
+        else:
+            samples = site.per_sample()
+            norms.per_sample[site.node] = samples
+            _add_square(norms, samples, site.context)
+    for i, second in enumerate(gradient.sites):
+        for first in gradient.sites[:i]:
+            ordered = pair(first, second)
+            assert ordered is not None
+            known, other, _ = ordered
+            product = known.inner_product(
+                other, bool(gradient.orientation(known)), bool(gradient.orientation(other))
+            )
+            emit = known.context.emit
+            norms.squares.append(emit(_double, product, before=product.next, like=product))
+
+
+def _double(x: torch.Tensor) -> torch.Tensor:
+    return 2 * x
+
+
+def _add_square(norms: Norms, samples: fx.Node, context: Context) -> None:
+    norms.squares.append(context.emit(square_norm, samples, before=samples.next, like=samples))
 
 
 def square_norm(samples: torch.Tensor) -> torch.Tensor:
     """Squared norms [B] of per-sample gradients [B, ...], in float32."""
     return samples.float().square().reshape(samples.shape[0], -1).sum(1)
-
-
-def _ghost(gradient: ParameterGradient) -> list[fx.Node]:
-    """‖Σ_k g_k‖² = Σ_k ‖g_k‖² + 2 Σ_{k<l} ⟨g_k, g_l⟩."""
-    sites = gradient.sites
-    squares = [site.ghost() for site in sites]
-    for i, second in enumerate(sites):
-        for first in sites[:i]:
-            known, other = pair(first, second)
-            product = known.inner_product(
-                other, bool(gradient.orientation(known)), bool(gradient.orientation(other))
-            )
-            emit = known.context.emit
-            squares.append(emit(lambda x: 2 * x, product, before=product.next, like=product))
-    return squares
 
 
 def materialize(gradient: ParameterGradient, context: Context, scale: fx.Node) -> fx.Node:

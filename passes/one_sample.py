@@ -38,7 +38,7 @@ def one_sample(joint: JointGraph, request: Request) -> Plan:
         tangent for tangent in joint.tangents if tangent.users and not _holds_samples(tangent)
     ]
     norm, weights = insert_clipping(
-        Norms(squares, samples), scale, scalars, losses, [], context, before
+        Norms(squares, {}), scale, scalars, losses, [], context, before
     )
     sums = {
         index: context.emit(weighted_sum, x, weights, before=before)
@@ -67,7 +67,7 @@ def _plan(joint: JointGraph, request: Request) -> Plan:
                 sites=(),
                 source="",
                 axis="",
-                strategy="materialize",
+                choices=("materialize",),
                 cost=Cost(0.0, 0.0),
             )
             for index, name in request.parameters.items()

@@ -106,7 +106,7 @@ def _rewrite(joint: JointGraph, request: Request) -> Plan:
     plan = make_plan(gradients, request.strategy)
     scale = _insert_scale(emit, batch, _first_backward_node(joint, gradients), mean=mean)
     norms = insert_norms(gradients, plan, context, scale)
-    _insert_release(joint, request, gradients, plan, norms, scale, losses, zeros, context)
+    _insert_release(joint, request, gradients, norms, scale, losses, zeros, context)
     return plan
 
 
@@ -114,7 +114,6 @@ def _insert_release(
     joint: JointGraph,
     request: Request,
     gradients: list[ParameterGradient],
-    plan: Plan,
     norms: Norms,
     scale: fx.Node,
     losses: list[fx.Node],
@@ -125,7 +124,7 @@ def _insert_release(
     norm, weights = insert_clipping(
         norms, scale, scalars, losses, zeros, context, joint.output_node
     )
-    sums = insert_weighted_gradients(joint, gradients, plan, norms, weights, context)
+    sums = insert_weighted_gradients(joint, gradients, norms, weights, context)
     insert_noise(joint, sums, key, scalars, context)
     joint.replace_gradient(request.probe, norm)
 

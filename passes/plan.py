@@ -27,7 +27,8 @@ class Row:
         sites: kinds of its gradient sites.
         source: the user's line that makes the gradient.
         axis: the batch axis of the operands ("dim 0 of [8, 16]").
-        strategy: how its per-sample norms are found.
+        choices: how the norms of its sites are found, one choice per site; a single
+            "materialize" for a parameter whose sites are summed per sample first.
         cost: predicted work of that strategy beyond the non-private step.
     """
 
@@ -37,8 +38,13 @@ class Row:
     sites: tuple[str, ...]
     source: str
     axis: str
-    strategy: Choice
+    choices: tuple[Choice, ...]
     cost: Cost
+
+    @property
+    def strategy(self) -> str:
+        """The choices, for people."""
+        return "+".join(dict.fromkeys(self.choices))
 
 
 @dataclass(frozen=True)
@@ -47,9 +53,9 @@ class Plan:
 
     rows: tuple[Row, ...]
 
-    def strategy(self, index: int) -> Choice:
-        """The strategy of the parameter at input ``index``."""
-        return next(row.strategy for row in self.rows if row.index == index)
+    def choices(self, index: int) -> tuple[Choice, ...]:
+        """The choices for the parameter at input ``index``."""
+        return next(row.choices for row in self.rows if row.index == index)
 
     def __str__(self) -> str:
         header = ("parameter", "shape", "sites", "axis", "strategy", "MFLOP", "MB", "source")
@@ -84,11 +90,7 @@ def make_plan(gradients: list[ParameterGradient], strategy: str) -> Plan:
 
 
 def _row(gradient: ParameterGradient, strategy: str) -> Row:
-    ghost = ghost_cost(gradient)
-    materialize = _sum([site.materialize_cost() for site in gradient.sites])
-    choice: Choice = "materialize"
-    if ghost is not None and strategy != "materialize":
-        choice = "ghost" if strategy == "ghost" or _time(ghost) < _time(materialize) else choice
+    choices, cost = _choose(gradient, strategy)
     first = gradient.sites[0] if gradient.sites else None
     return Row(
         parameter=gradient.name,
@@ -97,36 +99,52 @@ def _row(gradient: ParameterGradient, strategy: str) -> Row:
         sites=tuple(site.kind for site in gradient.sites),
         source=source_location(first.node if first else gradient.output),
         axis=first.axis_text if first else "",
-        strategy=choice,
-        cost=ghost if choice == "ghost" and ghost is not None else materialize,
+        choices=choices,
+        cost=cost,
     )
 
 
-def ghost_cost(gradient: ParameterGradient) -> Cost | None:
-    """Return the cost of the norms without the gradients; None if that is not possible."""
-    costs = [site.ghost_cost() for site in gradient.sites]
-    if not costs or any(cost is None for cost in costs):
-        return None
-    known = [cost for cost in costs if cost is not None]
-    if len(known) == 1:
-        return known[0] if gradient.isometric else None
+def _choose(gradient: ParameterGradient, strategy: str) -> tuple[tuple[Choice, ...], Cost]:
+    """Choose for every site, or sum the sites' per-sample gradients first."""
+    together = _sum([site.materialize_cost() for site in gradient.sites])
+    products = _inner_product_cost(gradient)
+    if strategy == "materialize" or products is None:
+        return ("materialize",), together
+    best = [_best(site, strategy) for site in gradient.sites]
+    apart = _sum([products, *(cost for _, cost in best)])
+    if strategy == "auto" and len(best) > 1 and _time(together) <= _time(apart):
+        return ("materialize",), together
+    return tuple(choice for choice, _ in best), apart
+
+
+def _best(site: Site, strategy: str) -> tuple[Choice, Cost]:
+    materialize, ghost = site.materialize_cost(), site.ghost_cost()
+    if ghost is not None and (strategy == "ghost" or _time(ghost) < _time(materialize)):
+        return "ghost", ghost
+    return "materialize", materialize
+
+
+def _inner_product_cost(gradient: ParameterGradient) -> Cost | None:
+    """The cost of all cross terms; None where a norm cannot be put together from the sites'."""
     sites = gradient.sites
-    oriented = all(gradient.orientation(site) is not None for site in sites)
-    if not oriented or any(
-        pair(first, second) is None for i, second in enumerate(sites) for first in sites[:i]
-    ):
+    if gradient.isometric:
+        return Cost(0.0, 0.0)
+    if len(sites) < 2 or any(gradient.orientation(site) is None for site in sites):
         return None
-    # k sites make k(k+1)/2 products of about the mean size.
-    total = _sum(known)
-    factor = (len(sites) + 1) / 2
-    return Cost(total.flops * factor, total.bytes * factor)
+    costs = []
+    for i, second in enumerate(sites):
+        for first in sites[:i]:
+            if (known := pair(first, second)) is None:
+                return None
+            costs.append(known[2])
+    return _sum(costs)
 
 
-def pair(first: Site, second: Site) -> tuple[Site, Site] | None:
+def pair(first: Site, second: Site) -> tuple[Site, Site, Cost] | None:
     """Order two sites so that the first knows its inner product with the second."""
     for known, other in ((first, second), (second, first)):
-        if known.has_inner_product(other):
-            return known, other
+        if (cost := known.inner_product_cost(other)) is not None:
+            return known, other, cost
     return None
 
 
@@ -136,4 +154,3 @@ def _sum(costs: list[Cost]) -> Cost:
 
 def _time(cost: Cost) -> float:
     return cost.flops + FLOPS_PER_BYTE * cost.bytes
-

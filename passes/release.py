@@ -9,7 +9,6 @@ from flashnorm_compile.kernels.noise import add_noise
 from flashnorm_compile.passes.gradient_sites import ParameterGradient
 from flashnorm_compile.passes.joint import JointGraph
 from flashnorm_compile.passes.norms import Norms, run_tail, tail_constants
-from flashnorm_compile.passes.plan import Plan
 from flashnorm_compile.passes.sites import Context
 from flashnorm_compile.passes.sites.generic import weighted_sum
 
@@ -64,7 +63,6 @@ def insert_clipping(
 def insert_weighted_gradients(
     joint: JointGraph,
     gradients: list[ParameterGradient],
-    plan: Plan,
     norms: Norms,
     weights: fx.Node,
     context: Context,
@@ -73,24 +71,26 @@ def insert_weighted_gradients(
     before = joint.output_node
     sums: dict[int, fx.Node] = {}
     for gradient in gradients:
-        if plan.strategy(gradient.index) == "materialize":
+        samples = norms.per_sample.get(gradient.output)
+        if samples is not None and gradient.output not in {s.node for s in gradient.sites}:
             sums[gradient.index] = context.emit(
-                weighted_sum,
-                norms.per_sample[gradient.index],
-                weights,
-                before=before,
-                like=gradient.output,
+                weighted_sum, samples, weights, before=before, like=gradient.output
             )
         else:
-            sums[gradient.index] = _weighted_sites(gradient, weights, context, before)
+            sums[gradient.index] = _weighted_sites(gradient, norms, weights, context, before)
     return sums
 
 
 def _weighted_sites(
-    gradient: ParameterGradient, weights: fx.Node, context: Context, before: fx.Node
+    gradient: ParameterGradient, norms: Norms, weights: fx.Node, context: Context, before: fx.Node
 ) -> fx.Node:
-    """Scale at the sites and run the rest of the path as it was."""
-    sites = [site.weighted(weights, before) for site in gradient.sites]
+    """Weigh the samples at the sites and run the rest of the path as it was."""
+    sites = [
+        site.weighted(weights, before)
+        if (samples := norms.per_sample.get(site.node)) is None
+        else context.emit(weighted_sum, samples, weights, before=before, like=site.node)
+        for site in gradient.sites
+    ]
     if not gradient.tail:
         return sites[0]
 

@@ -73,9 +73,9 @@ class Site(ABC):
                 return f"dim {value.dim} of {shape}"
         return ""
 
-    def has_inner_product(self, other: Site) -> bool:
-        """Return whether ``inner_product`` knows the other site."""
-        return False
+    def inner_product_cost(self, other: Site) -> Cost | None:
+        """Predict the cost of ``inner_product``; None if the other site is not known."""
+        return None
 
     def inner_product(self, other: Site, transposed: bool, other_transposed: bool) -> fx.Node:
         """Emit ⟨gradient_i, other's gradient_i⟩ [B] without either.

@@ -116,11 +116,16 @@ class EmbeddingSite(Site):
 
         return self._emit(code)
 
-    def has_inner_product(self, other: Site) -> bool:
-        """Know other scatters and output heads."""
+    def inner_product_cost(self, other: Site) -> Cost | None:
+        """Know other scatters and output heads: a Gram matrix over d, and what is gathered."""
         if isinstance(other, EmbeddingSite):
-            return True
-        return isinstance(other, MatmulSite) and other.node.meta["val"].ndim == 2
+            tokens = other._tokens_per_sample()
+        elif isinstance(other, MatmulSite) and other.node.meta["val"].ndim == 2:
+            batch = hint(self.context.batch.meta["val"].shape[0])
+            tokens = hint(other.left.meta["val"].shape[-1]) / batch
+        else:
+            return None
+        return self._gram_cost(tokens)
 
     def inner_product(self, other: Site, transposed: bool, other_transposed: bool) -> fx.Node:
         """Emit the inner product with another scatter, or with an output head's product."""
@@ -137,13 +142,19 @@ class EmbeddingSite(Site):
 
     def ghost_cost(self) -> Cost:
         """One Gram matrix over the sample's tokens."""
+        return self._gram_cost(self._tokens_per_sample())
+
+    def _gram_cost(self, others: float) -> Cost:
         batch = hint(self.context.batch.meta["val"].shape[0])
-        width = hint(self.node.meta["val"].shape[1])
-        tokens = hint(self.scatter.tokens.meta["val"].numel()) / batch
+        width, tokens = hint(self.node.meta["val"].shape[1]), self._tokens_per_sample()
         return Cost(
-            flops=2.0 * batch * tokens**2 * width,
-            bytes=batch * (12.0 * tokens**2 + 8.0 * tokens * width),
+            flops=2.0 * batch * tokens * others * width,
+            bytes=batch * (12.0 * tokens * others + 4.0 * (tokens + others) * width),
         )
+
+    def _tokens_per_sample(self) -> float:
+        batch = hint(self.context.batch.meta["val"].shape[0])
+        return hint(self.scatter.tokens.meta["val"].numel()) / batch
 
     def _with_embedding(self, other: EmbeddingSite) -> fx.Node:
         count = len(self._operands())

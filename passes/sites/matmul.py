@@ -85,10 +85,13 @@ class MatmulSite(Site):
 
         return self._emit(code, self.left, self.right)
 
-    def has_inner_product(self, other: Site) -> bool:
+    def inner_product_cost(self, other: Site) -> Cost | None:
         """Know plain matrix products."""
         plain = self.node.meta["val"].ndim == 2
-        return plain and isinstance(other, MatmulSite) and other.node.meta["val"].ndim == 2
+        if not plain or not isinstance(other, MatmulSite) or other.node.meta["val"].ndim != 2:
+            return None
+        first, second = self.ghost_cost(), other.ghost_cost()
+        return Cost((first.flops * second.flops) ** 0.5, (first.bytes * second.bytes) ** 0.5)
 
     def inner_product(self, other: Site, transposed: bool, other_transposed: bool) -> fx.Node:
         """Emit ⟨L₁R₁, L₂R₂⟩ = Σ (L₁ᵀL₂)∘(R₁R₂ᵀ), the second swapped if stored transposed."""
