@@ -246,7 +246,7 @@ def strict_dynamo() -> Iterator[None]:
         yield
 
 
-def _logging_functions() -> set[Callable[..., Any]]:
+def _logging_functions() -> set[Any]:
     classes: set[type] = {logging.Logger, logging.RootLogger, logging.getLoggerClass()}
     found = {
         method
@@ -255,7 +255,29 @@ def _logging_functions() -> set[Callable[..., Any]]:
         if callable(method := getattr(cls, name, None))
     }
     found |= {getattr(logging, name) for name in _LOGGING_METHODS if hasattr(logging, name)}
-    return found
+    # torch 2.11 writes this setting into its compilation log as sorted JSON, which functions are
+    # not; from 2.13 on it leaves the setting out.
+    old = torch.__version__.split(".")[:2] < ["2", "13"]
+    return {_NamedFunction(function) for function in found} if old else found
+
+
+class _NamedFunction(str):
+    """A function's name that a set finds by the function."""
+
+    function: Callable[..., Any]
+
+    def __new__(cls, function: Callable[..., Any]) -> _NamedFunction:
+        name = super().__new__(cls, getattr(function, "__qualname__", repr(function)))
+        name.function = function
+        return name
+
+    def __hash__(self) -> int:
+        return hash(self.function)
+
+    def __eq__(self, other: object) -> bool:
+        return other is self.function or (
+            isinstance(other, _NamedFunction) and other.function is self.function
+        )
 
 
 RecompileLimitError = FailOnRecompileLimitHit

@@ -11,9 +11,8 @@ from flashnorm_compile.passes.emit import Emitter
 from flashnorm_compile.passes.joint import JointGraph
 from flashnorm_compile.passes.norms import Norms, square_norm
 from flashnorm_compile.passes.plan import Plan, Row
-from flashnorm_compile.passes.release import insert_clipping, insert_noise
+from flashnorm_compile.passes.release import insert_clipping, release_samples
 from flashnorm_compile.passes.sites import Context, Cost
-from flashnorm_compile.passes.sites.generic import weighted_sum
 
 if TYPE_CHECKING:
     from flashnorm_compile.passes.pipeline import Request
@@ -40,11 +39,7 @@ def one_sample(joint: JointGraph, request: Request) -> Plan:
     norm, weights = insert_clipping(
         Norms(squares, {}), scale, scalars, losses, [], context, before
     )
-    sums = {
-        index: context.emit(weighted_sum, x, weights, before=before)
-        for index, x in samples.items()
-    }
-    insert_noise(joint, sums, joint.inputs[request.key], scalars, context)
+    release_samples(joint, samples, weights, joint.inputs[request.key], scalars, context)
     joint.replace_gradient(request.probe, norm)
     return _plan(joint, request)
 

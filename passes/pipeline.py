@@ -17,11 +17,7 @@ from flashnorm_compile.passes.joint import JointGraph, read_joint_graph
 from flashnorm_compile.passes.loss import Ancestry, check_reduction, unreduce_normalisers
 from flashnorm_compile.passes.norms import Norms, insert_norms
 from flashnorm_compile.passes.plan import Plan, make_plan
-from flashnorm_compile.passes.release import (
-    insert_clipping,
-    insert_noise,
-    insert_weighted_gradients,
-)
+from flashnorm_compile.passes.release import insert_clipping, insert_release
 from flashnorm_compile.passes.sites import Context
 from flashnorm_compile.passes.one_sample import one_sample
 
@@ -124,8 +120,7 @@ def _insert_release(
     norm, weights = insert_clipping(
         norms, scale, scalars, losses, zeros, context, joint.output_node
     )
-    sums = insert_weighted_gradients(joint, gradients, norms, weights, context)
-    insert_noise(joint, sums, key, scalars, context)
+    insert_release(joint, gradients, norms, weights, key, scalars, context)
     joint.replace_gradient(request.probe, norm)
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from flashnorm_compile.kernels.noise import add_noise
+from flashnorm_compile.kernels.release import release
+from flashnorm_compile.kernels.release.reference import weighted_sum
 from flashnorm_compile.passes.gradient_sites import ParameterGradient
 from flashnorm_compile.passes.joint import JointGraph
 from flashnorm_compile.passes.norms import Norms, run_tail, tail_constants
 from flashnorm_compile.passes.sites import Context
-from flashnorm_compile.passes.sites.generic import weighted_sum
 
 EPSILON = 1e-6
 # In place of a norm: the incoming gradient was not the loss's own (see ``clip``).
@@ -60,25 +60,91 @@ def insert_clipping(
     return norm, weights
 
 
-def insert_weighted_gradients(
+def insert_release(
     joint: JointGraph,
     gradients: list[ParameterGradient],
     norms: Norms,
     weights: fx.Node,
+    key: fx.Node,
+    scalars: fx.Node,
     context: Context,
-) -> dict[int, fx.Node]:
-    """Insert Σ_i c_i g_i for every parameter; returns them by input index."""
+) -> None:
+    """Return (Σ_i c_i g_i + σC·z)/E in place of every gradient, each with noise of its own stream.
+
+    Per-sample gradients are summed, noised and scaled in one pass; sums that the sites make
+    themselves are noised as a batch of one.
+    """
     before = joint.output_node
-    sums: dict[int, fx.Node] = {}
+    one = context.emit(lambda scalars: scalars.new_ones(1), scalars, before=before)
+    pending: dict[tuple[torch.dtype, bool], list[tuple[int, fx.Node]]] = {}
     for gradient in gradients:
-        samples = norms.per_sample.get(gradient.output)
-        if samples is not None and gradient.output not in {s.node for s in gradient.sites}:
-            sums[gradient.index] = context.emit(
-                weighted_sum, samples, weights, before=before, like=gradient.output
-            )
-        else:
-            sums[gradient.index] = _weighted_sites(gradient, norms, weights, context, before)
-    return sums
+        samples = _samples_in_place(gradient, norms)
+        value = samples or _weighted_sites(gradient, norms, weights, context, before)
+        dtype = joint.inputs[gradient.index].meta["val"].dtype
+        pending.setdefault((dtype, samples is not None), []).append((gradient.index, value))
+    stream = 0
+    for (dtype, per_sample), values in pending.items():
+        if not per_sample:
+            values = [(i, context.emit(_as_one, x, before=before)) for i, x in values]
+        weighing = weights if per_sample else one
+        _release(joint, values, weighing, key, scalars, stream, dtype, context)
+        stream += len(values)
+
+
+def _as_one(x: torch.Tensor) -> torch.Tensor:
+    return x.unsqueeze(0)
+
+
+def release_samples(
+    joint: JointGraph,
+    samples: dict[int, fx.Node],
+    weights: fx.Node,
+    key: fx.Node,
+    scalars: fx.Node,
+    context: Context,
+) -> None:
+    """Release gradients whose per-sample values are known, by input index."""
+    by_dtype: dict[torch.dtype, list[tuple[int, fx.Node]]] = {}
+    for index, value in samples.items():
+        by_dtype.setdefault(joint.inputs[index].meta["val"].dtype, []).append((index, value))
+    stream = 0
+    for dtype, values in by_dtype.items():
+        _release(joint, values, weights, key, scalars, stream, dtype, context)
+        stream += len(values)
+
+
+def _release(
+    joint: JointGraph,
+    values: list[tuple[int, fx.Node]],
+    weights: fx.Node,
+    key: fx.Node,
+    scalars: fx.Node,
+    stream: int,
+    dtype: torch.dtype,
+    context: Context,
+) -> None:
+    def code(
+        weights: torch.Tensor, key: torch.Tensor, scalars: torch.Tensor, *samples: torch.Tensor
+    ) -> list[torch.Tensor]:
+        return release(list(samples), weights, key, scalars, stream, dtype)
+
+    nodes = context.emit(
+        code, weights, key, scalars, *(value for _, value in values), before=joint.output_node
+    )
+    for (index, _), node in zip(values, nodes, strict=True):
+        joint.replace_gradient(index, node)
+
+
+def _samples_in_place(gradient: ParameterGradient, norms: Norms) -> fx.Node | None:
+    """The per-sample gradients, where they lie as the parameter does."""
+    if len(gradient.sites) == 1 and (samples := norms.per_sample.get(gradient.sites[0].node)):
+        in_place = gradient.orientation(gradient.sites[0]) is False
+        return samples if in_place and not _negates(gradient) else None
+    return norms.per_sample.get(gradient.output)
+
+
+def _negates(gradient: ParameterGradient) -> bool:
+    return any(node.target is torch.ops.aten.neg.default for node in gradient.tail)
 
 
 def _weighted_sites(
@@ -100,32 +166,3 @@ def _weighted_sites(
     return context.emit(
         code, *sites, *tail_constants(gradient), before=before, like=gradient.output
     )
-
-
-def insert_noise(
-    joint: JointGraph, sums: dict[int, fx.Node], key: fx.Node, scalars: fx.Node, context: Context
-) -> None:
-    """Return (Σ + σC·z)/E in place of every gradient, each with noise of its own stream."""
-    for stream, index in enumerate(sorted(sums)):
-        parameter = joint.inputs[index].meta["val"]
-
-        def code(
-            total: torch.Tensor,
-            key: torch.Tensor,
-            scalars: torch.Tensor,
-            stream: int = stream,
-            parameter: torch.Tensor = parameter,
-        ) -> torch.Tensor:
-            return add_noise(total, key, scalars, stream, parameter.dtype)
-
-        joint.replace_gradient(
-            index,
-            context.emit(
-                code,
-                sums[index],
-                key,
-                scalars,
-                before=joint.output_node,
-                like=joint.gradient(index),
-            ),
-        )

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from flashnorm_compile.kernels.release.reference import weighted_sum
 from flashnorm_compile.passes.batch_axis.values import Batched, Value
 from flashnorm_compile.passes.layout import SampleAxis
 from flashnorm_compile.passes.sites.base import Context, Cost, Site, hint, numel
@@ -88,18 +89,6 @@ class GenericSite(Site):
             return aten.scatter_add(own_base(base, rows), dim, index, rows)
         result = self.call.target(*args, **kwargs)  # type: ignore[operator]
         return result if self.pick is None else result[self.pick]
-
-
-def weighted_sum(per_sample: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Σ_i weights[i]·per_sample[i], in float32; samples of weight 0 are left out, not multiplied.
-
-    Args:
-        per_sample: [B, ...].
-        weights: [B] float32.
-    """
-    weights = weights.view(-1, *(1,) * (per_sample.ndim - 1))
-    zero = torch.zeros((), dtype=weights.dtype, device=weights.device)
-    return torch.where(weights == 0, zero, per_sample * weights).sum(0)
 
 
 def own_base(base: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
