@@ -299,6 +299,7 @@ def dynamo_is_disabled() -> bool:
 
 def decompositions() -> Mapping[Any, Callable[..., Any]]:
     """Return Inductor's decompositions: the operations a joint graph is made of."""
+    import torch._inductor.lowering  # some decompositions look it up
     from torch._inductor.decomposition import select_decomp_table
 
     return select_decomp_table()

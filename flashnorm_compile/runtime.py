@@ -79,7 +79,7 @@ class StepState:
     graphs_run: int = 0
     backwards_run: int = 0
     reports: list[Any] = field(default_factory=list)
-    _unchecked: torch.Tensor | None = None
+    _refused: list[_Flag] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.max_grad_norm = self.options.max_grad_norm
@@ -117,17 +117,23 @@ class StepState:
 
     def observe(self, norms: torch.Tensor, max_grad_norm: float) -> None:
         """Take the norms of a backward; refuse one whose loss was changed from outside."""
+        norms = norms.detach()
         if not self.accumulating:
             self.observations.clear()
-        self.observations.append(Observation(norms.detach(), max_grad_norm))
-        self._unchecked = norms.detach()
+        self.observations.append(Observation(norms, max_grad_norm))
+        self._refused.append(_Flag((norms == REFUSED).any()))
         if norms.device.type == "cpu":
             self.check_seed()
 
-    def check_seed(self) -> None:
-        """Raise if the last backward did not start from the loss itself (see ``REFUSED``)."""
-        norms, self._unchecked = self._unchecked, None
-        if norms is not None and norms.numel() and bool((norms == REFUSED).any()):
+    def check_seed(self, *, wait: bool = True) -> None:
+        """Raise if the last backward did not start from the loss itself (see ``REFUSED``).
+
+        Args:
+            wait: wait for the device; otherwise leave an answer that is not there yet for later.
+        """
+        known = [flag for flag in self._refused if wait or flag.ready()]
+        self._refused = [flag for flag in self._refused if flag not in known]
+        if any(flag.value() for flag in known):
             raise PrivacyError(
                 "backward() did not start from the loss that the compiled step returned: the "
                 "gradient that came in is not 1. A factor applied outside could depend on the "
@@ -135,6 +141,27 @@ class StepState:
                 "its weights, inside the compiled function; for gradient accumulation use "
                 "accumulate() in place of dividing the loss."
             )
+
+
+class _Flag:
+    """A boolean on its way from a device, which nobody has to wait for."""
+
+    def __init__(self, flag: torch.Tensor) -> None:
+        self.event: torch.cuda.Event | None = None
+        self.host = flag
+        if flag.device.type == "cuda":
+            self.host = torch.empty((), dtype=torch.bool, pin_memory=True)
+            self.host.copy_(flag, non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record()
+
+    def ready(self) -> bool:
+        return self.event is None or self.event.query()
+
+    def value(self) -> bool:
+        if self.event is not None:
+            self.event.synchronize()
+        return bool(self.host)
 
 
 class PrivateGraph:
@@ -161,8 +188,7 @@ class PrivateGraph:
         state = self.state
         if not torch.is_grad_enabled():
             raise PrivacyError("A training graph runs with gradients disabled.")
-        if state._unchecked is not None:
-            state.check_seed()
+        state.check_seed(wait=False)
         sample = args[self.batch_index]
         device = sample.device
         probe = torch.empty(sample.shape[self.batch_dim], device=device, requires_grad=True)

@@ -78,6 +78,7 @@ class Emitter:
 
 _WRITES = {
     torch.ops.aten.index_put,
+    torch.ops.aten._unsafe_index_put,
     torch.ops.aten.scatter_add,
     torch.ops.aten.scatter,
     torch.ops.aten.index_add,

@@ -6,7 +6,6 @@ import torch
 from torch import fx
 
 from flashnorm_compile.kernels.release import release
-from flashnorm_compile.kernels.release.reference import weighted_sum
 from flashnorm_compile.passes.gradient_sites import ParameterGradient
 from flashnorm_compile.passes.joint import JointGraph
 from flashnorm_compile.passes.norms import Norms, run_tail, tail_constants
@@ -79,7 +78,9 @@ def insert_release(
     pending: dict[tuple[torch.dtype, bool], list[tuple[int, fx.Node]]] = {}
     for gradient in gradients:
         samples = _samples_in_place(gradient, norms)
-        value = samples or _weighted_sites(gradient, norms, weights, context, before)
+        value = samples or _weighted_sites(
+            gradient, norms, weights, key, scalars, context, before
+        )
         dtype = joint.inputs[gradient.index].meta["val"].dtype
         pending.setdefault((dtype, samples is not None), []).append((gradient.index, value))
     stream = 0
@@ -147,14 +148,40 @@ def _negates(gradient: ParameterGradient) -> bool:
     return any(node.target is torch.ops.aten.neg.default for node in gradient.tail)
 
 
+def _sum_over_samples(
+    samples: fx.Node,
+    weights: fx.Node,
+    key: fx.Node,
+    scalars: fx.Node,
+    context: Context,
+    before: fx.Node,
+) -> fx.Node:
+    """Σ_i weights[i]·samples[i]: a release without noise, in float32."""
+
+    def code(
+        samples: torch.Tensor, weights: torch.Tensor, key: torch.Tensor, scalars: torch.Tensor
+    ) -> torch.Tensor:
+        # (C, noise scale, 1/E) = (0, 0, 1)
+        silent = torch.arange(3, device=scalars.device).eq(2).to(scalars.dtype)
+        return release([samples], weights, key, silent, 0, torch.float32)[0]
+
+    return context.emit(code, samples, weights, key, scalars, before=before, like=samples)
+
+
 def _weighted_sites(
-    gradient: ParameterGradient, norms: Norms, weights: fx.Node, context: Context, before: fx.Node
+    gradient: ParameterGradient,
+    norms: Norms,
+    weights: fx.Node,
+    key: fx.Node,
+    scalars: fx.Node,
+    context: Context,
+    before: fx.Node,
 ) -> fx.Node:
     """Weigh the samples at the sites and run the rest of the path as it was."""
     sites = [
         site.weighted(weights, before)
         if (samples := norms.per_sample.get(site.node)) is None
-        else context.emit(weighted_sum, samples, weights, before=before, like=site.node)
+        else _sum_over_samples(samples, weights, key, scalars, context, before)
         for site in gradient.sites
     ]
     if not gradient.tail:
