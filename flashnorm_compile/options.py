@@ -66,7 +66,9 @@ class Options:
                 'actual one. Pass it, or loss_reduction="sum" for a summed loss.'
             )
         if self.seed is not None and (
-            isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63
+            isinstance(self.seed, bool)
+            or not isinstance(self.seed, int)
+            or not 0 <= self.seed < 2**63
         ):
             raise PrivacyError(
                 f"flashnorm option seed={self.seed!r} is not valid; "

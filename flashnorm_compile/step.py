@@ -272,9 +272,7 @@ class PrivateStep(Generic[P, R]):
             device = parameter.device
             if stream == 0:
                 key, scalars = state.next_key(device), state.scalars(device)
-            noisy = add_noise(
-                total, key.to(device), scalars.to(device), stream, parameter.dtype
-            )
+            noisy = add_noise(total, key.to(device), scalars.to(device), stream, parameter.dtype)
             if parameter.grad is not None and not came_from_us(parameter):
                 raise PrivacyError(
                     f"{name}.grad already holds a gradient that is not private. Call "

@@ -292,9 +292,7 @@ def _adds_constant(node: fx.Node, analysis: Analysis) -> bool:
         ]
     else:
         return any(isinstance(arg, (int, float)) and arg for arg in _scalar_addend(node))
-    return any(
-        isinstance(analysis[arg], Constant) and not is_zero_fill(arg) for arg in arguments
-    )
+    return any(isinstance(analysis[arg], Constant) and not is_zero_fill(arg) for arg in arguments)
 
 
 def _scalar_addend(node: fx.Node) -> tuple[Any, ...]:

@@ -41,9 +41,7 @@ class SampleAxis:
     def split(self, x: torch.Tensor, batch_size: int) -> torch.Tensor:
         """View [..., outer·B·inner, ...] as [..., outer, B, inner, ...]."""
         outer, inner = self._sizes(x.shape[self.dim], batch_size)
-        return x.reshape(
-            *x.shape[: self.dim], outer, batch_size, inner, *x.shape[self.dim + 1 :]
-        )
+        return x.reshape(*x.shape[: self.dim], outer, batch_size, inner, *x.shape[self.dim + 1 :])
 
     def to_front(self, x: torch.Tensor, batch_size: int) -> torch.Tensor:
         """Return [B, ..., outer, inner, ...], the rest in order."""
@@ -82,4 +80,3 @@ def masked_scale(
 
 def _integer(expr: sympy.Expr) -> int | None:
     return int(expr) if expr.is_Integer else None
-

@@ -166,9 +166,7 @@ class _Lifter:
             own = axis.to_front(x, batch.shape[0]).flatten(1)
             return own.mean(1, dtype=dtype) if averages else own.sum(1, dtype=dtype)
 
-        self.vectors[node] = self.emit(
-            code, node.args[0], self.batch, before=node.next, like=node
-        )
+        self.vectors[node] = self.emit(code, node.args[0], self.batch, before=node.next, like=node)
 
     def visit(self, node: fx.Node) -> None:
         lifted = [arg for arg in node.all_input_nodes if arg in self.vectors]

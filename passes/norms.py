@@ -56,9 +56,7 @@ def _apart(gradient: ParameterGradient) -> bool:
     return gradient.isometric or len(gradient.sites) > 1
 
 
-def _site_by_site(
-    gradient: ParameterGradient, choices: tuple[Choice, ...], norms: Norms
-) -> None:
+def _site_by_site(gradient: ParameterGradient, choices: tuple[Choice, ...], norms: Norms) -> None:
     """‖Σ_k g_k‖² = Σ_k ‖g_k‖² + 2 Σ_{k<l} ⟨g_k, g_l⟩."""
     for site, choice in zip(gradient.sites, choices, strict=True):
         if choice == "ghost":
@@ -120,17 +118,13 @@ def materialize(gradient: ParameterGradient, context: Context, scale: fx.Node) -
     )
 
 
-def _constant_samples(
-    gradient: ParameterGradient, context: Context, scale: fx.Node
-) -> fx.Node:
+def _constant_samples(gradient: ParameterGradient, context: Context, scale: fx.Node) -> fx.Node:
     """A gradient that depends on no sample is part of every sample's gradient."""
 
     def code(scale: torch.Tensor, batch: torch.Tensor, constant: torch.Tensor) -> torch.Tensor:
         return (constant.float() / scale).expand(batch.shape[0], *constant.shape)
 
-    return context.emit(
-        code, scale, context.batch, gradient.output, before=gradient.output.next
-    )
+    return context.emit(code, scale, context.batch, gradient.output, before=gradient.output.next)
 
 
 def tail_constants(gradient: ParameterGradient) -> list[fx.Node]:
@@ -149,7 +143,9 @@ def run_tail(
     constants: tuple[torch.Tensor, ...],
 ) -> torch.Tensor:
     """Run the nodes from the sites to the gradient, in the precision of the sites' values."""
-    values: dict[fx.Node, torch.Tensor] = dict(zip(tail_constants(gradient), constants, strict=True))
+    values: dict[fx.Node, torch.Tensor] = dict(
+        zip(tail_constants(gradient), constants, strict=True)
+    )
     values |= {site.node: x for site, x in zip(gradient.sites, sites, strict=True)}
     for node in gradient.tail:
         if node.target in CASTS:
@@ -184,4 +180,3 @@ def _call(node: fx.Node, args: tuple, kwargs: dict) -> torch.Tensor:  # type: ig
         wide = torch.promote_types(args[0].dtype, args[1].dtype)
         return node.target(args[0].to(wide), args[1].to(wide))
     return node.target(*args, **kwargs)  # type: ignore[operator]
-

@@ -27,18 +27,13 @@ def one_sample(joint: JointGraph, request: Request) -> Plan:
         index: context.emit(lambda x: x.unsqueeze(0), joint.gradient(index), before=before)
         for index in indices
     }
-    squares = [
-        context.emit(square_norm, x, before=before)
-        for x in samples.values()
-    ]
+    squares = [context.emit(square_norm, x, before=before) for x in samples.values()]
     scale = context.emit(lambda x: x.new_full((), 1.0), context.batch, before=before)
     scalars = joint.inputs[request.scalars]
     losses = [
         tangent for tangent in joint.tangents if tangent.users and not _holds_samples(tangent)
     ]
-    norm, weights = insert_clipping(
-        Norms(squares, {}), scale, scalars, losses, [], context, before
-    )
+    norm, weights = insert_clipping(Norms(squares, {}), scale, scalars, losses, [], context, before)
     release_samples(joint, samples, weights, joint.inputs[request.key], scalars, context)
     joint.replace_gradient(request.probe, norm)
     return _plan(joint, request)

@@ -136,9 +136,7 @@ def _seeds(joint: JointGraph, request: Request) -> dict[fx.Node, Value]:
     return seeds
 
 
-def _scalar_tangents(
-    joint: JointGraph, analysis: Analysis
-) -> tuple[list[fx.Node], list[fx.Node]]:
+def _scalar_tangents(joint: JointGraph, analysis: Analysis) -> tuple[list[fx.Node], list[fx.Node]]:
     """Split the tangents that are checked at run time: scalar losses, and mixed outputs."""
     losses, zeros = [], []
     for tangent, output in joint.tangents.items():
@@ -166,9 +164,7 @@ def _check_gradients(joint: JointGraph, request: Request) -> None:
             )
 
 
-def refuse_state_writes(
-    joint: JointGraph, values: dict[fx.Node, Value], request: Request
-) -> None:
+def refuse_state_writes(joint: JointGraph, values: dict[fx.Node, Value], request: Request) -> None:
     """Refuse to write what depends on samples into buffers or other inputs."""
     for index, written in joint.state_writes.items():
         value = values[written]

@@ -17,8 +17,13 @@ REFUSED = -1.0
 
 
 def insert_clipping(
-    norms: Norms, scale: fx.Node, scalars: fx.Node, losses: list[fx.Node], zeros: list[fx.Node],
-    context: Context, before: fx.Node,
+    norms: Norms,
+    scale: fx.Node,
+    scalars: fx.Node,
+    losses: list[fx.Node],
+    zeros: list[fx.Node],
+    context: Context,
+    before: fx.Node,
 ) -> tuple[fx.Node, fx.Node]:
     """Insert n_i and the weights c_i·scale.
 
@@ -38,7 +43,10 @@ def insert_clipping(
 
     def code(scale: torch.Tensor, scalars: torch.Tensor, *rest: torch.Tensor) -> tuple:  # type: ignore[type-arg]
         squares = rest[: len(norms.squares)]
-        one, none = rest[len(squares) : len(squares) + len(losses)], rest[len(squares) + len(losses) :]
+        one, none = (
+            rest[len(squares) : len(squares) + len(losses)],
+            rest[len(squares) + len(losses) :],
+        )
         norm = scale * torch.stack([x.float() for x in squares]).sum(0).sqrt()
         factor = (scalars[0] / (norm + EPSILON)).clamp(max=1.0)
         zero = torch.zeros_like(factor)
@@ -78,9 +86,7 @@ def insert_release(
     pending: dict[tuple[torch.dtype, bool], list[tuple[int, fx.Node]]] = {}
     for gradient in gradients:
         samples = _samples_in_place(gradient, norms)
-        value = samples or _weighted_sites(
-            gradient, norms, weights, key, scalars, context, before
-        )
+        value = samples or _weighted_sites(gradient, norms, weights, key, scalars, context, before)
         dtype = joint.inputs[gradient.index].meta["val"].dtype
         pending.setdefault((dtype, samples is not None), []).append((gradient.index, value))
     stream = 0

@@ -30,7 +30,7 @@ def release(
 ) -> list[Tensor]:
     """`op.release` for CUDA tensors. Does not synchronise with the host.
 
-    Per-sample gradients that are not row-major are copied first.
+    Samples may lie apart (a slice of a padded tensor); each must be row-major, or is copied.
     """
     outs = [torch.empty(x.shape[1:], dtype=out_dtype, device=x.device) for x in samples]
     rows = weights.shape[0]
@@ -39,14 +39,16 @@ def release(
             numel = out.numel()
             if numel == 0:
                 continue
+            x = x if x[0].is_contiguous() else x.contiguous()
             _release_kernel[(triton.cdiv(numel, 4 * QUADS_PER_PROGRAM),)](
-                x.contiguous(),
+                x,
                 weights,
                 key,
                 scalars,
                 out,
                 numel,
                 rows,
+                x.stride(0),
                 first_stream + position,
                 BLOCK_HIGH_BITS=BLOCK_HIGH_BITS,
                 FLOAT64=x.dtype == torch.float64,
@@ -65,6 +67,7 @@ def _release_kernel(
     out_ptr,
     numel,
     rows,
+    row_stride,
     stream,
     BLOCK_HIGH_BITS: tl.constexpr,
     FLOAT64: tl.constexpr,
@@ -83,7 +86,7 @@ def _release_kernel(
         weight = tl.load(weights_ptr + row, mask=row < rows, other=0.0)
         used = weight != 0.0
         value = tl.load(
-            samples_ptr + row.to(tl.int64)[:, None] * numel + element[None, :],
+            samples_ptr + row.to(tl.int64)[:, None] * row_stride + element[None, :],
             mask=used[:, None] & inside[None, :],
             other=0.0,
         )

@@ -190,7 +190,7 @@ class EmbeddingSite(Site):
         return self.context.emit(
             code,
             self.context.batch,
-            other.left,
+            other.left if other_transposed else (other.padded or other.left),
             other.right,
             *self._operands(),
             before=later(self.node, other.node),
@@ -237,4 +237,3 @@ def _matching(
     gram = torch.matmul(rows, rows2.mT)
     zero = torch.zeros((), dtype=gram.dtype, device=gram.device)
     return torch.where(same, gram, zero).flatten(1).sum(1)
-

@@ -136,9 +136,7 @@ def _scattered_rows(node: fx.Node, context: Context) -> bool:
     start = given[0][0]
     width = max(index.meta["val"].ndim for _, index in given)
     rank = base.meta["val"].ndim - len(given) + width  # type: ignore[union-attr]
-    rows = [
-        _right_aligned(context.analysis[index], index, start + width) for _, index in given
-    ]
+    rows = [_right_aligned(context.analysis[index], index, start + width) for _, index in given]
     rows.append(_right_aligned(context.analysis[values], values, rank))  # type: ignore[index, arg-type]
     if mask is not None:
         rows.append(_right_aligned(context.analysis[mask], mask, rank))  # type: ignore[index, arg-type]
