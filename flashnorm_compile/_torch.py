@@ -23,7 +23,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 __all__ = ["CustomGraphPass", "descriptors", "detect_fake_mode"]
 
-# --- sizes ---------------------------------------------------------------------------------------
+# --- sizes
 
 
 def size_expr(size: int | torch.SymInt) -> sympy.Expr:
@@ -38,7 +38,7 @@ def shape_exprs(shape: Sequence[int | torch.SymInt]) -> tuple[sympy.Expr, ...]:
     return tuple(size_expr(size) for size in shape)
 
 
-# --- source lines --------------------------------------------------------------------------------
+# --- source lines
 
 
 def source_location(node: fx.Node) -> str:
@@ -52,7 +52,7 @@ def source_location(node: fx.Node) -> str:
     return "" if parsed is None else f"{parsed.file}:{parsed.lineno}, code: {parsed.code}"
 
 
-# --- Dynamo: where a graph input comes from --------------------------------------------------------
+# --- Dynamo: where a graph input comes from
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def input_source(placeholder: fx.Node) -> InputSource | None:
     )
 
 
-# --- Dynamo: the frame being compiled ----------------------------------------------------------------
+# --- Dynamo: the frame being compiled
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,7 @@ def active_ddp_module() -> Any | None:
     return DistributedDataParallel._get_active_ddp_module()
 
 
-# --- Dynamo: configuration ---------------------------------------------------------------------------
+# --- Dynamo: configuration
 
 _LOGGING_METHODS = ("debug", "info", "warning", "warning_once", "error", "critical", "log")
 
@@ -294,12 +294,11 @@ def dynamo_is_disabled() -> bool:
     return os.environ.get("TORCHDYNAMO_DISABLE", "") == "1" or bool(dynamo_config.disable)
 
 
-# --- AOTAutograd and Inductor --------------------------------------------------------------------------
+# --- AOTAutograd and Inductor
 
 
 def decompositions() -> Mapping[Any, Callable[..., Any]]:
     """Return Inductor's decompositions: the operations a joint graph is made of."""
-    import torch._inductor.lowering  # some decompositions look it up
     from torch._inductor.decomposition import select_decomp_table
 
     return select_decomp_table()
@@ -324,11 +323,12 @@ def compile_with_inductor(
     # AOTAutograd's cache would skip the pass in a second process. Inductor's own cache is keyed
     # by the rewritten graphs, so it stays on.
     with functorch_config.patch(enable_autograd_cache=False):
-        return compile_fx(
+        compiled: Any = compile_fx(
             gm,
             list(inputs),
             config_patches={**settings, "joint_custom_pre_pass": joint_pass},
         )
+    return compiled
 
 
 def compile_without_codegen(

@@ -170,6 +170,7 @@ def _append_state(gm: fx.GraphModule, roles: Roles) -> tuple[fx.GraphModule, lis
     first = placeholders[roles.batch_input.index]
     device = first.meta["example_value"].device
     fake_mode = _torch.detect_fake_mode([first.meta["example_value"]])
+    assert fake_mode is not None
     with fake_mode:
         probe = torch.empty(roles.batch_size, device=device, requires_grad=True)
         key = torch.zeros(2, dtype=torch.int64, device=device)
@@ -189,7 +190,7 @@ def _append_state(gm: fx.GraphModule, roles: Roles) -> tuple[fx.GraphModule, lis
                 placeholder.meta["example_value"] = value
                 added.append(placeholder)
     marker = graph.call_method("sum", (added[0],))
-    outputs = fx.map_arg(gm.graph.output_node().args[0], mapping.__getitem__)
+    outputs: Any = fx.map_arg(gm.graph.output_node().args[0], mapping.__getitem__)
     output = graph.output((*outputs, marker))
     output.meta = dict(gm.graph.output_node().meta)
     extended = fx.GraphModule(gm, graph)

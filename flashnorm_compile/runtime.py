@@ -185,6 +185,7 @@ class PrivateGraph:
         self.parameters = tuple(parameters)
 
     def __call__(self, *args: Any) -> Any:
+        """Run the forward; the backward runs when autograd asks for it."""
         state = self.state
         if not torch.is_grad_enabled():
             raise PrivacyError("A training graph runs with gradients disabled.")

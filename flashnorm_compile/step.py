@@ -106,6 +106,7 @@ class PrivateStep(Generic[P, R]):
                 "sample is in a batch (expected batch size / number of samples)."
             )
         functools.update_wrapper(self, function)
+        self.__name__: str = getattr(function, "__name__", type(function).__name__)
         self.options = options
         self.accountant = accountant
         self.sampling_rate = sampling_rate
@@ -243,7 +244,8 @@ class PrivateStep(Generic[P, R]):
         expected = self.state_dict().keys()
         if state_dict.keys() != expected:
             raise PrivacyError(
-                f"The state holds {sorted(state_dict)}, but a step's state holds {sorted(expected)}."
+                f"The state holds {sorted(state_dict)}, but a step's state holds "
+                f"{sorted(expected)}."
             )
         self._state.seed = int(state_dict["seed"])
         self._state.releases = int(state_dict["releases"])
@@ -343,7 +345,7 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any)
         if releases_in(parameter) != 1:
             raise PrivacyError(
                 f"{name}.grad holds {releases_in(parameter)} releases. Call optimizer.zero_grad() "
-                "before each step, or use accumulate() to add up microbatches with noise added once."
+                "before each step, or use accumulate() to add up microbatches with one noise."
             )
 
 

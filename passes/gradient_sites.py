@@ -141,7 +141,8 @@ class ParameterGradient:
 
 def _permutation(node: fx.Node) -> list[int]:
     if node.target is aten.permute.default:
-        return [dim % 2 for dim in node.args[1]]  # type: ignore[union-attr, operator]
+        dims: Any = node.args[1]
+        return [dim % 2 for dim in dims]
     return [1, 0]
 
 
@@ -238,7 +239,7 @@ def _linear_arguments(node: fx.Node, name: str, analysis: Analysis) -> list[fx.N
 
 def _linear_fma(node: fx.Node, analysis: Analysis) -> bool:
     """a·b + c (or c + v·a·b): linear in c, and in a or b but not both."""
-    c, a, b = _fma_arguments(node)
+    _, a, b = _fma_arguments(node)
     mixed = [isinstance(x, fx.Node) and isinstance(analysis[x], Mixed) for x in (a, b)]
     return not all(mixed)
 
@@ -264,7 +265,7 @@ def _describe_tail(
 
 
 def _pads_with_zero(node: fx.Node) -> bool:
-    return len(node.args) < 3 or node.args[2] == 0
+    return len(node.args) < 3 or bool(node.args[2] == 0)
 
 
 def _only_in(node: fx.Node, mixed: list[fx.Node], positions: tuple[int, ...]) -> bool:

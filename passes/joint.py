@@ -105,10 +105,10 @@ def read_joint_graph(graph: fx.Graph) -> JointGraph | None:
                     "are not supported."
                 )
     tangents = {}
-    for node, output in tangent_of.items():
-        if output not in by_descriptor:
-            raise PrivacyError(f"The gradient of the output {output} enters the step unexplained.")
-        tangents[node] = by_descriptor[output]
+    for node, source in tangent_of.items():
+        if source not in by_descriptor:
+            raise PrivacyError(f"The gradient of the output {source} enters the step unexplained.")
+        tangents[node] = by_descriptor[source]
     return JointGraph(graph, inputs, tangents, tuple(outputs), writes, gradients)
 
 

@@ -169,7 +169,8 @@ def _call(node: fx.Node, args: tuple, kwargs: dict) -> torch.Tensor:  # type: ig
         base, dim, index, values = args
         return aten.scatter_add(own_base(base, values), dim, index, values)
     if node.target is aten.slice_scatter.default:
-        base, values, dim, start, end, step = (*args, *(0, None, None, 1)[len(args) - 2 :])
+        given = (*args, *(0, None, None, 1)[len(args) - 2 :])
+        base, values, dim, start, end, step = given
         # "To the end" is written as the largest integer, which overflows under vmap.
         end = base.shape[dim] if end is None else min(end, base.shape[dim])
         return aten.slice_scatter(own_base(base, values), values, dim, start, end, step)

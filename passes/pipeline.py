@@ -16,10 +16,10 @@ from flashnorm_compile.passes.gradient_sites import ParameterGradient, find_grad
 from flashnorm_compile.passes.joint import JointGraph, read_joint_graph
 from flashnorm_compile.passes.loss import Ancestry, check_reduction, unreduce_normalisers
 from flashnorm_compile.passes.norms import Norms, insert_norms
+from flashnorm_compile.passes.one_sample import one_sample
 from flashnorm_compile.passes.plan import Plan, make_plan
 from flashnorm_compile.passes.release import insert_clipping, insert_release
 from flashnorm_compile.passes.sites import Context
-from flashnorm_compile.passes.one_sample import one_sample
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,8 @@ def _seeds(joint: JointGraph, request: Request) -> dict[fx.Node, Value]:
 
 def _scalar_tangents(joint: JointGraph, analysis: Analysis) -> tuple[list[fx.Node], list[fx.Node]]:
     """Split the tangents that are checked at run time: scalar losses, and mixed outputs."""
-    losses, zeros = [], []
+    losses: list[fx.Node] = []
+    zeros: list[fx.Node] = []
     for tangent, output in joint.tangents.items():
         value = analysis[output]
         if isinstance(value, Batched) or not tangent.users:

@@ -19,7 +19,7 @@ def release(
     first_stream: int,
     out_dtype: torch.dtype,
 ) -> list[Tensor]:
-    """Return, for each gradient k, the noisy weighted sum over samples, scaled:
+    """Return, for each gradient k, the noisy weighted sum over samples, scaled.
 
         ((Σ_b weights[b]·samples[k][b] + noise_scale·z_k) · inv_expected_batch_size).to(out_dtype)
 

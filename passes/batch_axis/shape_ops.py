@@ -5,7 +5,7 @@ from __future__ import annotations
 import sympy
 
 from flashnorm_compile._torch import size_expr
-from flashnorm_compile.passes.batch_axis.call import Call, several, shape_of
+from flashnorm_compile.passes.batch_axis.call import Call, nodes_in, several, shape_of
 from flashnorm_compile.passes.batch_axis.registry import rule
 from flashnorm_compile.passes.batch_axis.sizes import product, quotient, same
 from flashnorm_compile.passes.batch_axis.values import Batched, Value
@@ -125,7 +125,7 @@ def split(call: Call) -> Value:
 def cat(call: Call) -> Value:
     """Join tensors along a dim; along the batch dim, whole rounds over all samples."""
     # Old models join with an empty 1-d tensor, which cat skips.
-    tensors = [n for n in call.first if shape_of(n) != (0,)]
+    tensors = [n for n in nodes_in(call.first) if shape_of(n) != (0,)]
     ndim = len(call.out_shape)
     if any(node.meta["val"].dim() != ndim for node in tensors):
         return call.mixed("joins tensors of different dims")
@@ -147,7 +147,7 @@ def cat(call: Call) -> Value:
 def stack(call: Call) -> Value:
     """Join tensors along a new dim."""
     dim = call.dim(call["dim"], len(call.out_shape))
-    axis = call.join(call.value(node) for node in call.first)
+    axis = call.join(call.value(node) for node in nodes_in(call.first))
     return axis.at(axis.dim + (dim <= axis.dim)) if isinstance(axis, Batched) else axis
 
 

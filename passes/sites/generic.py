@@ -14,7 +14,6 @@ from flashnorm_compile.passes.batch_axis.values import Batched, Value
 from flashnorm_compile.passes.layout import SampleAxis
 from flashnorm_compile.passes.sites.base import Context, Cost, Site, hint, numel
 
-
 aten = torch.ops.aten
 
 
@@ -105,8 +104,8 @@ def is_zero_fill(node: fx.Node) -> bool:
     if node.target in (aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default):
         return True
     if node.target is aten.scalar_tensor.default:
-        return node.args[0] == 0
-    return node.target in (aten.full.default, aten.full_like.default) and node.args[1] == 0
+        return bool(node.args[0] == 0)
+    return node.target in (aten.full.default, aten.full_like.default) and bool(node.args[1] == 0)
 
 
 def masked_index_put(
@@ -158,7 +157,7 @@ def _scatter_add(node: fx.Node, context: Context) -> bool:
 
 
 def _inner_products(node: fx.Node, context: Context) -> bool:
-    """mv and dot: both operands hold the samples along the contracted dim, or one is constant."""
+    """Mv and dot: both operands hold the samples along the contracted dim, or one is constant."""
     matrix, vector = node.args
     values = [context.analysis[matrix], context.analysis[vector]]  # type: ignore[index]
     dims = [matrix.meta["val"].ndim - 1, 0]  # type: ignore[union-attr]

@@ -157,25 +157,25 @@ class MatmulSite(Site):
         """The left operand with rows of zeros up to a multiple of 8, if its size asks for it.
 
         Matrix units want aligned rows: over a vocabulary of 50257 a product is four times slower
-        than over 50264. Inductor pads each product's operands by themselves; padding here, as it
-        does for the activation's gradient, leaves one padded copy for all.
+        than over 50264. Inductor would pad the operands of each product by themselves; here the
+        activation's gradient reads the same padded copy.
         """
         value = self.left.meta["val"]
         rows = value.shape[0]
         unaligned = isinstance(rows, int) and rows % 8 != 0 and rows >= 1024
         if not (unaligned and value.ndim == 2 and value.is_cuda and value.element_size() == 2):
             return None
-        extra = 8 - rows % 8
-        if self.left.target is aten.permute.default:
-            base = self.left.args[0]
-            return self.context.emit(
-                lambda x: aten.constant_pad_nd(x, [0, extra, 0, 0]).permute(1, 0),
-                base,
-                before=self.node,
-            )
-        return self.context.emit(
-            lambda x: aten.constant_pad_nd(x, [0, 0, 0, extra]), self.left, before=self.node
-        )
+        extra, emit = 8 - rows % 8, self.context.emit
+        if self.left.target is not aten.permute.default:
+            return emit(lambda x: _pad(x, 0, extra), self.left, before=self.node)
+        base = self.left.args[0]
+        padded = emit(lambda x: _pad(x, extra, 0), base, before=base.next, like=base)
+        for user in list(base.users):
+            if user.target is aten.mm.default and user.args[0] is base:
+                # In place: other sites hold on to the node, whose value stays the same.
+                weight = emit(lambda w: _pad(w, 0, extra), user.args[1], before=user)
+                user.args = (padded, weight)
+        return emit(lambda x: x.permute(1, 0), padded, before=self.node)
 
     def _width(self, operand: fx.Node, dim: int) -> int:
         return hint(operand.meta["val"].shape[dim])
@@ -185,3 +185,7 @@ class MatmulSite(Site):
 
     def _gradient_elements(self) -> float:
         return hint(self.node.meta["val"].numel()) * hint(self.context.batch.meta["val"].shape[0])
+
+
+def _pad(x: torch.Tensor, columns: int, rows: int) -> torch.Tensor:
+    return aten.constant_pad_nd(x, [0, columns, 0, rows])
