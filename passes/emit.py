@@ -102,7 +102,9 @@ def _refuse_writes_into_expanded(graph: fx.Graph) -> None:
 
 
 def _provenance(like: fx.Node) -> dict[str, Any]:
-    kept: dict[str, Any] = {key: like.meta[key] for key in ("stack_trace", "nn_module_stack") if key in like.meta}
+    kept: dict[str, Any] = {
+        key: like.meta[key] for key in ("stack_trace", "nn_module_stack") if key in like.meta
+    }
     return {"partitioner_tag": "must_be_in_backward", **kept}
 
 

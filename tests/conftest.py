@@ -11,9 +11,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
+import logging
+
 import pytest
 import torch
 
+# Its records are for a trace collector; they would fill the report of every failed test.
+logging.getLogger("torch.__trace").propagate = False
 torch.set_num_threads(1)
 
 

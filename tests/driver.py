@@ -35,7 +35,7 @@ class Case:
             dict (passed by keyword).
         loss: ``loss(model, *inputs)``, a scalar.
         loss_reduction: "mean" or "sum", how the loss treats the batch.
-        in_dims: batch axes, as ``dp_step`` takes them; None is axis 0 everywhere.
+        in_dims: batch axes by name, for inputs that are a dict; None is axis 0 everywhere.
         batch_size: how many samples.
         precision: a row of ``oracle.TOLERANCES``.
     """
@@ -134,7 +134,7 @@ def run_private(
         strategy=strategy,
         lowering=lowering,
         loss_reduction=case.loss_reduction,
-        in_dims=case.in_dims,
+        in_dims=None if case.in_dims is None else {"kwargs": case.in_dims},
     )
     return read_result(
         step, model, call(step, model, case.build_batch() if batch is None else batch)

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from flashnorm_compile.kernels.noise import add_noise, cpu, normal, philox_4x32, reference
 from scipy import stats
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+
+from flashnorm_compile.kernels.noise import add_noise, cpu, normal, philox_4x32, reference
 
 SEED, RELEASE = -1234567890123, 2**40 + 3
 KEY = torch.tensor([SEED, RELEASE])

@@ -62,7 +62,7 @@ _add("hinge", lambda m, x, y: F.multi_margin_loss(m(x), y))
 _add("cosine", lambda m, x, y: (1 - F.cosine_similarity(m(x), y)).mean(),
      inputs=regression(6, targets=(3,)))
 _add("gaussian_nll",
-     lambda m, x, y: F.gaussian_nll_loss(m(x), y, torch.full_like(y, 0.5)),
+     lambda m, x, y: 0.5 * ((m(x) - y).square() / (y.square() + 0.5)).mean(),
      inputs=regression(6, targets=(3,)))
 _add("l2_regulariser",
      lambda m, x, y: F.cross_entropy(m(x), y)

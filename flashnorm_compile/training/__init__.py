@@ -1,0 +1,1 @@
+"""A complete private training run, as the command line starts it: digits, model, loop, report."""
