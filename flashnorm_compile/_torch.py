@@ -201,6 +201,62 @@ def current_frame(gm: fx.GraphModule) -> Frame:
     )
 
 
+def last_unexpected_break() -> GraphBreak | None:
+    """Return Dynamo's last graph break that is neither at backward() nor in an optimizer."""
+    from torch._dynamo.utils import graph_break_reasons
+
+    for reason in reversed(graph_break_reasons):
+        broke = _graph_break(reason)
+        if not (broke.is_backward or broke.is_optimizer):
+            return broke
+    return None
+
+
+def module_attribute_writes(gm: fx.GraphModule) -> list[tuple[str, fx.Node]]:
+    """Return tensors that the frame assigns to attributes of modules: (attribute, graph node)."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    effects = InstructionTranslator.current_tx().output.side_effects
+    writes = [
+        *(
+            attributes
+            for item, attributes in effects.store_attr_mutations.items()
+            if "Module" in type(item).__name__
+        ),
+        # Assigning to a registered buffer changes the module's dict of buffers.
+        *(
+            {key.vt.as_python_constant(): value for key, value in variable.items.items()}
+            for variable in effects.id_to_variable.values()
+            if _is_read(variable)
+            and isinstance(getattr(variable, "items", None), dict)
+            and _is_module_dict(variable)
+        ),
+    ]
+    nodes = {node.name: node for node in gm.graph.nodes}
+    found = []
+    for attributes in writes:
+        for name, value in attributes.items():
+            if not _is_read(value):
+                continue
+            node = getattr(getattr(value, "proxy", None), "node", None)
+            if isinstance(node, fx.Node) and node.op != "placeholder" and node.name in nodes:
+                found.append((str(name), nodes[node.name]))
+    return found
+
+
+def _is_read(variable: Any) -> bool:
+    """Whether Dynamo has read a value; looking into one it has not makes it a graph input."""
+    return not hasattr(type(variable), "is_realized") or variable.is_realized()
+
+
+def _is_module_dict(variable: Any) -> bool:
+    source = getattr(variable, "source", None)
+    if source is None:
+        return False
+    name = source.name() if callable(source.name) else source.name
+    return name.removesuffix("']").endswith(("_buffers", "_parameters", ".__dict__"))
+
+
 def _argument_names(code: CodeType) -> tuple[str, ...]:
     count = code.co_argcount + code.co_kwonlyargcount
     count += bool(code.co_flags & 0x04) + bool(code.co_flags & 0x08)

@@ -75,7 +75,11 @@ def compile_graph(
             _refuse_hidden_autograd(gm)
             return _compile(gm, inputs, _Pass(None, state), state.options, mode)
         _refuse_splits(frame)
-        roles = assign_roles(gm.graph, frame, state.options.in_dims)
+        try:
+            roles = assign_roles(gm.graph, frame, state.options.in_dims)
+        except PrivacyError as error:
+            raise _with_break(error) from error
+        _refuse_module_writes(gm, roles)
         return _compile_training(gm, inputs, roles, state, mode)
     except PrivacyError as error:
         return refusal(error)
@@ -136,6 +140,32 @@ def _refuse_hidden_autograd(gm: fx.GraphModule) -> None:
                 "Dynamo traced autograd into the graph, so gradients would leave it as they are "
                 f"({_torch.source_location(node)}). Set torch._dynamo.config.trace_autograd_ops "
                 "to False."
+            )
+
+
+def _with_break(error: PrivacyError) -> PrivacyError:
+    """Add the graph break that may have cut the user's function into such frames."""
+    broke = _torch.last_unexpected_break()
+    if broke is None or broke.location in str(error):
+        return error
+    return PrivacyError(
+        f"{error} This may come from a graph break at {broke.location}: {broke.summary}"
+    )
+
+
+def _refuse_module_writes(gm: fx.GraphModule, roles: Roles) -> None:
+    """Refuse to assign what depends on samples to a module: it would stay there, without noise."""
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    tainted = {placeholders[each.index] for each in roles.inputs if each.role is Role.BATCH}
+    for node in gm.graph.nodes:
+        if any(arg in tainted for arg in node.all_input_nodes):
+            tainted.add(node)
+    for name, node in _torch.module_attribute_writes(gm):
+        if node in tainted:
+            raise PrivacyError(
+                f"The step assigns a value that depends on samples to the module attribute "
+                f"{name!r}; it would carry data out without noise "
+                f"({_torch.source_location(node)}). Return it instead."
             )
 
 

@@ -67,6 +67,7 @@ def assign_roles(graph: fx.Graph, frame: Frame, in_dims: Any) -> Roles:
         for index, node in enumerate(graph.find_nodes(op="placeholder"))
     )
     placeholders = graph.find_nodes(op="placeholder")
+    _refuse_unknown_names(dims_by_name(in_dims, frame), placeholders, frame)
     sizes = {
         each.name: placeholders[each.index].meta["example_value"].shape[each.batch_dim]
         for each in inputs
@@ -78,9 +79,11 @@ def assign_roles(graph: fx.Graph, frame: Frame, in_dims: Any) -> Roles:
             "batch axis, so there are no samples to protect. Pass the batch as arguments of the "
             "compiled function, and name its axes with the option in_dims if they are not dim 0."
         )
+    _unify_sizes([placeholders[each.index] for each in inputs if each.batch_dim is not None])
     first, batch_size = next(iter(sizes.items()))
     for name, size in sizes.items():
-        if size_expr(size) != size_expr(batch_size):
+        # Two symbols become one here, by a guard: other sizes compile another graph.
+        if size_expr(size) != size_expr(batch_size) and not bool(size == batch_size):
             raise PrivacyError(
                 f"The batch inputs disagree on the batch size: {first} has {batch_size} samples, "
                 f"{name} has {size}. If one of them is no batch input, say so with in_dims, for "
@@ -140,6 +143,34 @@ def _batch_dim(
             f"for all samples, say so with in_dims={{{source.root!r}: None}}."
         )
     return dim % example.ndim
+
+
+def _unify_sizes(batch_inputs: list[fx.Node]) -> None:
+    """Give sizes that vary, and agree in this call, one symbol where they have several.
+
+    The analysis compares shapes as expressions. A call in which they differ fails the guard and
+    compiles another graph.
+    """
+    shapes = [node.meta["example_value"].shape for node in batch_inputs]
+    for i, shape in enumerate(shapes):
+        for earlier in shapes[:i]:
+            for size, other in zip(shape, earlier, strict=False):
+                symbolic = isinstance(size, torch.SymInt) and isinstance(other, torch.SymInt)
+                if symbolic and size_expr(size) != size_expr(other):
+                    bool(size == other)
+
+
+def _refuse_unknown_names(named: Any, placeholders: list[fx.Node], frame: Frame) -> None:
+    if not isinstance(named, Mapping):
+        return
+    sources = [source for node in placeholders if (source := input_source(node)) is not None]
+    known = {*frame.arguments, *(source.root for source in sources)}
+    unknown = [name for name in named if name not in known]
+    if unknown:
+        raise PrivacyError(
+            f"in_dims names {', '.join(map(repr, unknown))}, but {frame.name} has no such "
+            f"argument; it has {', '.join(frame.arguments)}."
+        )
 
 
 def dims_by_name(in_dims: Any, frame: Frame) -> Any:

@@ -145,6 +145,7 @@ class PrivateStep(Generic[P, R]):
                 "function computes no loss from its arguments. Gradients were discarded. Make the "
                 "function compile, and return the loss or run backward() inside it."
             )
+        self._refuse_other_gradients()
         return result
 
     @property
@@ -282,6 +283,22 @@ class PrivateStep(Generic[P, R]):
                 )
             parameter.grad = noisy if parameter.grad is None else parameter.grad + noisy
             mark_private(parameter)
+
+    def _refuse_other_gradients(self) -> None:
+        """Refuse what reached ``.grad`` behind the compiler's back."""
+        others = [
+            name
+            for parameter, name in self._state.parameters.items()
+            if parameter.grad is not None and not came_from_us(parameter)
+        ]
+        if others:
+            for parameter in self._state.parameters:
+                parameter.grad = None
+            raise PrivacyError(
+                f"{others[0]} has a gradient that did not come out of a private backward, or was "
+                "changed since. All gradients were discarded. Every backward() belongs into the "
+                "compiled function."
+            )
 
     def _refuse_while_accumulating(self, what: str) -> None:
         if self._state.accumulating:

@@ -172,7 +172,11 @@ class _Lifter:
         lifted = [arg for arg in node.all_input_nodes if arg in self.vectors]
         if not lifted or node in self.vectors:
             return
-        others = [arg for arg in node.all_input_nodes if arg not in self.vectors]
+        others = [
+            arg
+            for arg in node.all_input_nodes
+            if arg not in self.vectors and isinstance(arg.meta.get("val"), torch.Tensor)
+        ]
         in_backward = node in self.ancestry.tangents
         if node in self.ancestry.parameters and not in_backward:
             return  # the loss itself: returned as the user wrote it
@@ -207,16 +211,30 @@ class _Lifter:
         """Where the seed meets a batched value, put each sample's own number in its place."""
         if not _is_pointwise(node) or any(arg not in self.ancestry.tangents for arg in lifted):
             return  # stays mixed, and is refused if it reaches a gradient
-        axis = self._axis_among(others) or self._axis_ahead(node)
+        axis = self._axis_among(others)
+        partner = next(
+            (x for x in others if isinstance(self.analysis.values.get(x), Batched)), None
+        )
         if axis is None:
+            axis = self._axis_ahead(node)
+        if axis is None or (partner is None and not axis.is_fixed):
             return
         arguments = node.all_input_nodes
         vectors = [self.vectors[arg] if arg in lifted else arg for arg in arguments]
         axis_known, correct = axis, self.correct
+        sample_axis = None if partner is None else SampleAxis.of(self.analysis[partner])
 
         def code(*values: torch.Tensor) -> torch.Tensor:
+            known = dict(zip(arguments, values, strict=True))
+
+            def shape(vector: torch.Tensor) -> torch.Tensor:
+                vector = _own_factor(vector, correct)
+                if sample_axis is not None:
+                    return sample_axis.spread(vector, known[partner])
+                return axis_known.spread(vector)
+
             shaped = {
-                arg: axis_known.shape_factor(x, correct).to(arg.meta["val"].dtype)
+                arg: shape(x).to(arg.meta["val"].dtype)
                 if arg in lifted
                 else x
                 for arg, x in zip(arguments, values, strict=True)
@@ -256,17 +274,26 @@ class _TrailingAxis:
     outer: sympy.Expr
     inner: sympy.Expr
 
-    def shape_factor(self, vector: torch.Tensor, correct: bool) -> torch.Tensor:
-        """Shape a [B] vector to broadcast along the axis, 0 where it is not finite.
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the axis lies between sizes that do not vary."""
+        return bool(self.outer.is_Integer and self.inner.is_Integer)
 
-        A sample that counts nothing has no gradient; its own factor may be infinite.
-        """
-        if correct:
-            vector = vector / vector.shape[0]
-        vector = torch.where(torch.isfinite(vector), vector, torch.zeros_like(vector))
+    def spread(self, vector: torch.Tensor) -> torch.Tensor:
+        """Shape a [B] vector to broadcast along the axis."""
         outer, inner = int(self.outer), int(self.inner)
         vector = vector.view(1, -1, 1).expand(outer, vector.shape[0], inner).reshape(-1)
         return vector.view(-1, *(1,) * (self.position - 1))
+
+
+def _own_factor(vector: torch.Tensor, correct: bool) -> torch.Tensor:
+    """Take 1/B out of a [B] factor if asked, and what is not finite to 0.
+
+    A sample that counts nothing has no gradient; its own factor may be infinite.
+    """
+    if correct:
+        vector = vector / vector.shape[0]
+    return torch.where(torch.isfinite(vector), vector, torch.zeros_like(vector))
 
 
 def _is_pointwise(node: fx.Node) -> bool:
