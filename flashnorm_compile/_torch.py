@@ -216,7 +216,7 @@ def module_attribute_writes(gm: fx.GraphModule) -> list[tuple[str, fx.Node]]:
     """Return tensors that the frame assigns to attributes of modules: (attribute, graph node)."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
-    effects = InstructionTranslator.current_tx().output.side_effects
+    effects: Any = InstructionTranslator.current_tx().output.side_effects
     writes = [
         *(
             attributes
