@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from zoo_dense import mlp
+from torch.nn.utils import parametrizations
+from zoo_dense import Bilinear, mlp
 
 import flashnorm_compile as fn
 
@@ -23,6 +24,28 @@ def refused(step, model, *batch) -> str:
         step(model, *batch)
     assert all(param.grad is None for param in model.parameters())
     return str(caught.value)
+
+
+def square_loss_step():
+    @fn.dp_step(**OPTIONS)
+    def step(model, x):
+        loss = model(x).square().mean()
+        loss.backward()
+        return loss.detach()
+
+    return step
+
+
+def test_operation_without_a_rule():
+    text = refused(square_loss_step(), Bilinear(), torch.randn(4, 6))
+    assert "no batch-axis rule for aten._trilinear" in text
+    assert "zoo_dense.py" in text
+
+
+def test_operation_with_side_effects():
+    """This parametrization asserts on values while it runs."""
+    model = parametrizations.orthogonal(nn.Linear(6, 6), orthogonal_map="cayley")
+    assert "side effects" in refused(square_loss_step(), model, torch.randn(4, 6))
 
 
 def test_no_batch_input():

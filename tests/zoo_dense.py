@@ -101,9 +101,6 @@ class Bilinear(nn.Module):
         return self.bilinear(self.left(x), self.right(x))
 
 
-DENSE.add("bilinear", Bilinear, regression(6, targets=(3,)), mse)
-
-
 class Einsum(nn.Module):
     """Heads as a parameter dim: [B, T, d] x [h, d, k] -> [B, h, T, k] -> [B, T, d]."""
 

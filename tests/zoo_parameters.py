@@ -127,9 +127,6 @@ def symmetric() -> nn.Module:
 
 
 PARAMETERS.add("symmetric_weight", symmetric, regression(5, 6, targets=(5, 3)), mse)
-PARAMETERS.add("orthogonal_weight",
-               lambda: parametrizations.orthogonal(nn.Linear(6, 6), orthogonal_map="cayley"),
-               regression(6, targets=(6,)), mse)
 
 
 class StandardisedConv(nn.Conv2d):
