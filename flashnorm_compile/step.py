@@ -115,7 +115,8 @@ class PrivateStep(Generic[P, R]):
         def flashnorm(gm: torch.fx.GraphModule, inputs: Any) -> Any:
             return compile_graph(gm, inputs, self._state, mode)
 
-        self._compiled = torch.compile(function, backend=flashnorm, dynamic=dynamic)
+        with _torch.strict_dynamo():
+            self._compiled = torch.compile(function, backend=flashnorm, dynamic=dynamic)
         _guard_optimizers()
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:

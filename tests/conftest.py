@@ -27,8 +27,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
-    """Seed, and forget every compiled graph, so that no test sees another one's."""
+    """Seed, and forget every compiled graph and setting, so that no test sees another one's."""
     torch._dynamo.reset()
     torch.manual_seed(0)
-    yield
+    # A compilation by the backend's name leaves these set.
+    with torch._dynamo.config.patch(suppress_errors=False, fail_on_recompile_limit_hit=False):
+        yield
     torch._dynamo.reset()
