@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dis
+import inspect
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -50,6 +51,16 @@ def source_location(node: fx.Node) -> str:
         return ""
     parsed = _parse_stack_trace(trace)
     return "" if parsed is None else f"{parsed.file}:{parsed.lineno}, code: {parsed.code}"
+
+
+# --- side effects
+
+
+def effect_of(node: fx.Node) -> Any | None:
+    """Return the op that a node runs for its side effect, in order; None for any other node."""
+    from torch._higher_order_ops.effects import with_effects
+
+    return node.args[1] if node.target is with_effects else None
 
 
 # --- Dynamo: where a graph input comes from
@@ -293,13 +304,48 @@ _LOGGING_METHODS = ("debug", "info", "warning", "warning_once", "error", "critic
 def strict_dynamo() -> Iterator[None]:
     """Make Dynamo fail where it would run a frame without the compiler, and skip logger calls."""
     # The switch is per process: the limit must not turn a private step into an eager one.
-    ignored = set(dynamo_config.ignore_logging_functions) | _logging_functions()
     with dynamo_config.patch(
         suppress_errors=False,
         fail_on_recompile_limit_hit=True,
-        ignore_logging_functions=ignored,
+        ignore_logging_functions=_ignored_logging_functions(),
     ):
         yield
+
+
+def skip_logging_for(backend: Callable[..., Any]) -> None:
+    """Skip logger calls in what ``torch.compile`` traces for ``backend``, and nowhere else."""
+    # Dynamo asks a backend nothing before it has traced; it only tells that a compilation starts.
+    from torch._dynamo.callback import callback_handler
+
+    compilation = contextlib.ExitStack()
+
+    # A backward is compiled while Dynamo looks at new frames: it must not look at these.
+    @torch.compiler.disable
+    def start(*_: Any) -> None:
+        if _traces_for(backend):
+            compilation.enter_context(
+                dynamo_config.patch(ignore_logging_functions=_ignored_logging_functions())
+            )
+
+    @torch.compiler.disable
+    def end(*_: Any) -> None:
+        compilation.close()
+
+    callback_handler.register_start_callback(start)
+    callback_handler.register_end_callback(end)
+
+
+def _traces_for(backend: Callable[..., Any]) -> bool:
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "_compile" and "compiler_fn" in frame.f_locals:
+            return getattr(frame.f_locals["compiler_fn"], "compiler_fn", None) is backend
+        frame = frame.f_back
+    return False
+
+
+def _ignored_logging_functions() -> set[Any]:
+    return set(dynamo_config.ignore_logging_functions) | _logging_functions()
 
 
 def _logging_functions() -> set[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flashnorm_compile._torch import dynamo_is_disabled
+from flashnorm_compile._torch import dynamo_is_disabled, skip_logging_for
 from flashnorm_compile.backend import flashnorm
 from flashnorm_compile.errors import PrivacyError
 
@@ -14,3 +14,5 @@ if dynamo_is_disabled():
         "Dynamo is switched off (TORCHDYNAMO_DISABLE=1 or torch._dynamo.config.disable), so "
         'torch.compile(..., backend="flashnorm") would run without privacy. Switch it on.'
     )
+
+skip_logging_for(flashnorm)
