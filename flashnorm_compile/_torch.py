@@ -406,6 +406,13 @@ def decompositions() -> Mapping[Any, Callable[..., Any]]:
     return select_decomp_table()
 
 
+def symbolic_tracing() -> contextlib.AbstractContextManager[None]:
+    """Trace with the Python versions of operations: some of C++ ask for concrete sizes."""
+    from torch._dispatch.python import enable_python_dispatcher
+
+    return enable_python_dispatcher()
+
+
 def list_mode_options(mode: str) -> dict[str, Any]:
     """Return Inductor's settings for a ``torch.compile`` mode."""
     import torch._inductor

@@ -9,7 +9,12 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from flashnorm_compile._torch import decompositions, detect_fake_mode, size_expr
+from flashnorm_compile._torch import (
+    decompositions,
+    detect_fake_mode,
+    size_expr,
+    symbolic_tracing,
+)
 
 
 class Emitter:
@@ -46,7 +51,7 @@ class Emitter:
                 values[position] = tensor
             return function(*values)
 
-        with self._fake_mode, torch.no_grad():
+        with self._fake_mode, symbolic_tracing(), torch.no_grad():
             snippet = make_fx(traced, decomposition_table=dict(decompositions()))(
                 *(node.meta["val"] for node in nodes)
             )

@@ -9,10 +9,8 @@ from torch import fx
 
 from flashnorm_compile.passes.gradient_sites import CASTS, ParameterGradient
 from flashnorm_compile.passes.plan import Choice, Plan, pair
+from flashnorm_compile.passes.sample_map import run_mapped
 from flashnorm_compile.passes.sites import Context
-from flashnorm_compile.passes.sites.generic import masked_index_put, own_base
-
-aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -154,30 +152,5 @@ def run_tail(
             continue
         args = fx.map_arg(node.args, values.__getitem__)
         kwargs = fx.map_arg(node.kwargs, values.__getitem__)
-        values[node] = _call(node, args, kwargs)
+        values[node] = run_mapped(node.target, args, kwargs)
     return values[gradient.output]
-
-
-def _call(node: fx.Node, args: tuple, kwargs: dict) -> torch.Tensor:  # type: ignore[type-arg]
-    if node.target is aten.index_put.default:
-        base, indices, values, *rest = args
-        return aten.index_put(own_base(base, values), indices, values, *rest)
-    if node.target is aten._unsafe_masked_index_put_accumulate.default:
-        base, mask, indices, values = args
-        return masked_index_put(own_base(base, values), mask, indices, values)
-    if node.target is aten.scatter_add.default:
-        base, dim, index, values = args
-        return aten.scatter_add(own_base(base, values), dim, index, values)
-    if node.target is aten.slice_scatter.default:
-        given = (*args, *(0, None, None, 1)[len(args) - 2 :])
-        base, values, dim, start, end, step = given
-        # "To the end" is written as the largest integer, which overflows under vmap.
-        end = base.shape[dim] if end is None else min(end, base.shape[dim])
-        return aten.slice_scatter(own_base(base, values), values, dim, start, end, step)
-    if node.target is aten.select_scatter.default:
-        base, values, *rest = args
-        return aten.select_scatter(own_base(base, values), values, *rest)
-    if node.target in (aten.mm.default, aten.bmm.default, aten.mv.default):
-        wide = torch.promote_types(args[0].dtype, args[1].dtype)
-        return node.target(args[0].to(wide), args[1].to(wide))
-    return node.target(*args, **kwargs)  # type: ignore[operator]

@@ -12,6 +12,7 @@ from torch import fx
 from flashnorm_compile.kernels.release.reference import weighted_sum
 from flashnorm_compile.passes.batch_axis.values import Batched, Value
 from flashnorm_compile.passes.layout import SampleAxis
+from flashnorm_compile.passes.sample_map import run_mapped
 from flashnorm_compile.passes.sites.base import Context, Cost, Site, hint, numel
 
 aten = torch.ops.aten
@@ -77,26 +78,8 @@ class GenericSite(Site):
 
         args = fx.map_arg(self.call.args, substitute)
         kwargs = fx.map_arg(self.call.kwargs, substitute)
-        if self.call.target is aten._unsafe_masked_index_put_accumulate.default:
-            base, mask, indices, rows = args
-            return masked_index_put(own_base(base, rows), mask, indices, rows)
-        if self.call.target is aten.index_put.default:
-            base, indices, rows, *rest = args
-            return aten.index_put(own_base(base, rows), indices, rows, *rest)
-        if self.call.target is aten.scatter_add.default:
-            base, dim, index, rows = args
-            return aten.scatter_add(own_base(base, rows), dim, index, rows)
-        result = self.call.target(*args, **kwargs)  # type: ignore[operator]
+        result = run_mapped(self.call.target, args, kwargs)
         return result if self.pick is None else result[self.pick]
-
-
-def own_base(base: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Give each sample a base of its own to write into.
-
-    Under vmap a shared base would be expanded, and Inductor (2.11 to 2.13) turns a write into an
-    expanded tensor into one in place, so that all samples land in one another's rows.
-    """
-    return values.new_zeros(base.shape) + base.to(values.dtype)
 
 
 def is_zero_fill(node: fx.Node) -> bool:
@@ -106,18 +89,6 @@ def is_zero_fill(node: fx.Node) -> bool:
     if node.target is aten.scalar_tensor.default:
         return bool(node.args[0] == 0)
     return node.target in (aten.full.default, aten.full_like.default) and bool(node.args[1] == 0)
-
-
-def masked_index_put(
-    base: torch.Tensor, mask: torch.Tensor, indices: list[torch.Tensor | None], values: torch.Tensor
-) -> torch.Tensor:
-    """The masked accumulation, in operations that vmap knows."""
-    zero = torch.zeros((), dtype=values.dtype, device=values.device)
-    inside = [
-        index if index is None else index.clamp(-size, size - 1)
-        for index, size in zip(indices, base.shape, strict=False)
-    ]
-    return aten.index_put(base, inside, torch.where(mask, values, zero), True)
 
 
 def _scattered_rows(node: fx.Node, context: Context) -> bool:

@@ -1,0 +1,104 @@
+"""A batch axis that is symbolic from the first step: one compilation, and right at every size."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from driver import bound_that_clips_some, call, clip, private_step, read_result, run_oracle
+from oracle import assert_matches_oracle
+from zoo_modules import all_cases
+
+CASES = all_cases()
+
+#: Unlike any width or length of the cases. From 17 samples on torch itself compiles convolutions
+#: on CPU anew.
+SIZES = (13, 10)
+
+#: One per kind of site, layout of the batch axis, and way from a site to its parameter.
+DYNAMIC = (
+    # matmul
+    "dense-mlp",
+    "dense-mlp_five_dims",
+    "dense-time_first",
+    "dense-batch_last",
+    "dense-einsum_heads",
+    "dense-mixer_time_matrix",
+    "dense-hypernetwork_bmm",
+    "attention-learned_queries",
+    # reduction
+    "dense-layer_norm_two_dims",
+    "attention-class_token_repeat",
+    "parameters-only_a_scalar",
+    "parameters-scale_leading_one",
+    # convolution
+    "conv-conv2d_strided_dilated_grouped",
+    "conv-conv_transpose1d_strided",
+    "conv-cnn_max_pool",
+    # embedding
+    "sharing-embedding_padding_idx",
+    "attention-positions_from_data",
+    "attention-positions_expanded",
+    # cross terms
+    "sharing-tied_head",
+    "sharing-embedding_twice_and_tied_head",
+    "sharing-weight_at_three_lengths",
+    "sharing-weight_and_its_transpose_time",
+    # from the sites to the parameter
+    "sharing-disjoint_slices",
+    "sharing-overlapping_slices",
+    "sharing-weight_through_softmax_and_raw",
+    "dense-matmul_spellings",
+    "attention-multihead_attention_cross",
+    "attention-positions_parameter",
+    "attention-relative_position_bias",
+    "parameters-weight_norm",
+    "parameters-weight_norm_conv",
+    "parameters-parameter_by_gather",
+    "parameters-symmetric_weight",
+    "losses-l2_regulariser",
+    # normalisers that count tokens
+    "losses-masked_token_mean",
+    "losses-two_token_means",
+    "losses-class_weights_mean",
+)
+
+
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_compiles_once_for_all_batch_sizes(name):
+    check_sizes(CASES[name], lowering="eager")
+
+
+def check_sizes(case, *, lowering: str) -> None:
+    model = case.build_model()
+    bound = bound_that_clips_some(run_oracle(case, case.build_batch(SIZES[0])).norms)
+    step = private_step(
+        case.loss,
+        max_grad_norm=bound,
+        lowering=lowering,
+        loss_reduction=case.loss_reduction,
+        in_dims=None if case.in_dims is None else {"kwargs": case.in_dims},
+    )
+    for size in SIZES:
+        batch = case.build_batch(size)
+        expected = clip(run_oracle(case, batch), bound, case.loss_reduction)
+        mark_batch_axis(batch, case.in_dims)
+        model.zero_grad()
+        actual = read_result(step, model, call(step, model, batch))
+        assert_matches_oracle(
+            expected,
+            norms=actual.norms,
+            factors=actual.factors,
+            grads=actual.grads,
+            precision=case.precision,
+        )
+    assert len(step.graphs) == 1
+
+
+def mark_batch_axis(batch, in_dims) -> None:
+    """Make Dynamo compile for any batch size, and raise if anything asks for this one."""
+    if isinstance(batch, tuple):
+        for tensor in batch:
+            torch._dynamo.mark_dynamic(tensor, 0)
+    else:
+        for name, tensor in batch.items():
+            torch._dynamo.mark_dynamic(tensor, in_dims[name])
