@@ -21,6 +21,7 @@ from torch._functorch import config as functorch_config
 from torch._functorch._aot_autograd import descriptors
 from torch._guards import detect_fake_mode
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.utils._sympy.functions import FloorDiv
 
 __all__ = ["CustomGraphPass", "descriptors", "detect_fake_mode"]
 
@@ -30,8 +31,16 @@ __all__ = ["CustomGraphPass", "descriptors", "detect_fake_mode"]
 def size_expr(size: int | torch.SymInt) -> sympy.Expr:
     """Return a size as a sympy expression, without adding a guard."""
     if isinstance(size, torch.SymInt):
-        return size.node.expr
+        return size.node.expr.replace(FloorDiv, _divide)
     return sympy.Integer(size)
+
+
+def _divide(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr:
+    """Write a division without a rest as such: a view of h² elements as [h, h²//h]."""
+    if not (a.is_polynomial() and b.is_polynomial()):
+        return FloorDiv(a, b)
+    ratio = sympy.together(sympy.cancel(a / b))
+    return sympy.expand(ratio) if sympy.denom(ratio) == 1 else FloorDiv(a, b)
 
 
 def shape_exprs(shape: Sequence[int | torch.SymInt]) -> tuple[sympy.Expr, ...]:

@@ -6,7 +6,11 @@ import pytest
 import torch
 from driver import bound_that_clips_some, call, clip, private_step, read_result, run_oracle
 from oracle import assert_matches_oracle
+from torch._dynamo.source import ConstantSource
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from zoo_modules import all_cases
+
+from flashnorm_compile._torch import size_expr
 
 CASES = all_cases()
 
@@ -68,20 +72,41 @@ def test_compiles_once_for_all_batch_sizes(name):
     check_sizes(CASES[name], lowering="eager")
 
 
-def check_sizes(case, *, lowering: str) -> None:
+@pytest.mark.parametrize("name", [
+    "dense-mlp_four_dims", "dense-time_first", "conv-conv2d_same_padding", "conv-cnn_max_pool",
+    "sharing-tied_head", "attention-encoder_layer",
+])
+def test_compiles_once_with_all_axes_symbolic(name):
+    """Height and width are one symbol where they agree: some sizes are quotients of others."""
+    check_sizes(CASES[name], lowering="eager", dynamic=True)
+
+
+def test_division_without_a_rest_is_written_as_one():
+    shape_env = ShapeEnv()
+    source = ConstantSource("size")
+    size = shape_env.create_unspecified_symint_and_symbol(6, source, DimDynamic.DYNAMIC)
+    assert size_expr(size * size // size) == size_expr(size)
+    assert size_expr(6 * size // 3) == 2 * size_expr(size)
+    for rounded in ((size + 1) // 2, size // 2, size * size // (size + 1), 12 // size):
+        assert size_expr(rounded) == rounded.node.expr
+
+
+def check_sizes(case, *, lowering: str, dynamic: bool | None = None) -> None:
     model = case.build_model()
     bound = bound_that_clips_some(run_oracle(case, case.build_batch(SIZES[0])).norms)
     step = private_step(
         case.loss,
         max_grad_norm=bound,
         lowering=lowering,
+        dynamic=dynamic,
         loss_reduction=case.loss_reduction,
         in_dims=None if case.in_dims is None else {"kwargs": case.in_dims},
     )
     for size in SIZES:
         batch = case.build_batch(size)
         expected = clip(run_oracle(case, batch), bound, case.loss_reduction)
-        mark_batch_axis(batch, case.in_dims)
+        if not dynamic:
+            mark_batch_axis(batch, case.in_dims)
         model.zero_grad()
         actual = read_result(step, model, call(step, model, batch))
         assert_matches_oracle(
