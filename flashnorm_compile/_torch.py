@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dis
+import functools
 import inspect
 import logging
 import os
@@ -16,6 +17,7 @@ import sympy
 import torch
 from torch import fx
 from torch._dynamo import config as dynamo_config
+from torch._dynamo import trace_rules
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._functorch import config as functorch_config
 from torch._functorch._aot_autograd import descriptors
@@ -353,6 +355,37 @@ def _traces_for(backend: Callable[..., Any]) -> bool:
     return False
 
 
+@functools.cache
+def before_module_compile(check: Callable[[torch.nn.Module], None], backend: Any) -> None:
+    """Call ``check`` for modules that ``Module.compile`` would leave to run as they are."""
+    compile_module = torch.nn.Module.compile
+
+    @functools.wraps(compile_module)
+    def checked(self: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        if kwargs.get("backend") in (backend, "flashnorm") and _is_left_out(self):
+            check(self)
+        compile_module(self, *args, **kwargs)
+
+    torch.nn.Module.compile = checked  # type: ignore[method-assign]
+
+
+def left_out_module() -> torch.nn.Module | None:
+    """Return the module whose ``compile`` runs now, if it would leave the module as it is."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        module = frame.f_locals.get("self")
+        if frame.f_code.co_name == "compile" and isinstance(module, torch.nn.Module):
+            return module if _is_left_out(module) else None
+        frame = frame.f_back
+    return None
+
+
+def _is_left_out(module: torch.nn.Module) -> bool:
+    # Before torch 2.15, Dynamo skips a frame of torch's own, such as nn.Sequential's forward.
+    mended = hasattr(torch._dynamo.OptimizedModule, "_should_wrap_module_call_impl")
+    return not mended and bool(trace_rules.check(module.forward))
+
+
 def _ignored_logging_functions() -> set[Any]:
     return set(dynamo_config.ignore_logging_functions) | _logging_functions()
 
@@ -422,11 +455,11 @@ def symbolic_tracing() -> contextlib.AbstractContextManager[None]:
     return enable_python_dispatcher()
 
 
-def list_mode_options(mode: str) -> dict[str, Any]:
-    """Return Inductor's settings for a ``torch.compile`` mode."""
+def inductor_modes() -> dict[str, dict[str, Any]]:
+    """Return the modes of ``torch.compile``, each with its settings of Inductor."""
     import torch._inductor
 
-    return dict(torch._inductor.list_mode_options(mode))
+    return dict(torch._inductor.list_mode_options())
 
 
 def compile_with_inductor(
@@ -440,7 +473,7 @@ def compile_with_inductor(
 
     # AOTAutograd's cache would skip the pass in a second process. Inductor's own cache is keyed
     # by the rewritten graphs, so it stays on.
-    with functorch_config.patch(enable_autograd_cache=False):
+    with _without_autograd_cache():
         compiled: Any = compile_fx(
             gm,
             list(inputs),
@@ -471,8 +504,17 @@ def compile_without_codegen(
         partition_fn=partition,
         decompositions=dict(decompositions()),
     )
-    with functorch_config.patch(enable_autograd_cache=False):
+    with _without_autograd_cache():
         return compiler(gm, list(inputs))
+
+
+def _without_autograd_cache() -> Any:
+    return functorch_config.patch(enable_autograd_cache=False, enable_remote_autograd_cache=False)
+
+
+def autograd_cache_is_on() -> bool:
+    """Return whether AOTAutograd's cache is used here: the environment can force it."""
+    return bool(functorch_config.enable_autograd_cache)
 
 
 def queue_backward_callback(callback: Callable[[], None]) -> None:

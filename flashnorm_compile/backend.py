@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import pathlib
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple
 from typing import Any
@@ -15,6 +17,7 @@ from torch import fx
 from flashnorm_compile import _torch
 from flashnorm_compile.empty_batch import EmptyBatchGraph
 from flashnorm_compile.errors import PrivacyError
+from flashnorm_compile.optimizers import guard_optimizers
 from flashnorm_compile.options import Options
 from flashnorm_compile.passes.pipeline import Report, Request, make_private
 from flashnorm_compile.roles import Role, Roles, assign_roles
@@ -22,7 +25,8 @@ from flashnorm_compile.runtime import PrivateGraph, StepState
 
 # torch.compile hands the same options object to the backend for every graph of a function; their
 # state goes with it, and keeps it alive (an id is unique only as long as its object lives).
-_states: dict[int, tuple[Mapping[str, Any], StepState]] = {}
+# The copy tells whether the caller has changed it since.
+_states: dict[int, tuple[Mapping[str, Any], Mapping[str, Any], StepState]] = {}
 
 
 def flashnorm(
@@ -46,13 +50,51 @@ def flashnorm(
     """
     given = {} if options is None else options
     if id(given) not in _states:
-        mode = given.get("mode", mode)
         try:
             validated = Options.from_mapping({k: v for k, v in given.items() if k != "mode"})
         except PrivacyError as error:
             return refusal(error)
-        _states[id(given)] = (given, StepState(validated))
-    return compile_graph(gm, inputs, _states[id(given)][1], given.get("mode", mode))
+        _states[id(given)] = (given, copy.deepcopy(given), StepState(validated))
+    _, fixed, state = _states[id(given)]
+    return _with_options(fixed, given, compile_graph(gm, inputs, state, fixed.get("mode", mode)))
+
+
+def _with_options(
+    fixed: Mapping[str, Any], given: Mapping[str, Any], compiled: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Refuse to run when the caller has changed the mapping that the options were read from."""
+
+    def run(*args: Any) -> Any:
+        if given != fixed:
+            raise PrivacyError(
+                f"The options given to torch.compile were changed afterwards: it was compiled "
+                f"with {fixed}, they are {given} now. Pass a new dict for other options."
+            )
+        return compiled(*args)
+
+    return run
+
+
+def refuse_module(module: torch.nn.Module) -> None:
+    """Refuse a module that ``module.compile()`` would leave to run without the compiler."""
+    kind = type(module).__name__
+    raise PrivacyError(
+        f"torch {torch.__version__} does not compile {kind}.forward, which is its own, in "
+        f"{kind}.compile(): the module would run without privacy. Use torch.compile(module, "
+        'backend="flashnorm", ...), or call compile() on a module of your own that holds it.'
+    )
+
+
+def inductor_settings(mode: str | None) -> Mapping[str, Any]:
+    """Return Inductor's settings for a mode of ``torch.compile``.
+
+    Raises:
+        PrivacyError: there is no such mode.
+    """
+    modes = _torch.inductor_modes()
+    if mode is not None and mode not in modes:
+        raise PrivacyError(f"mode={mode!r} is not valid; choose one of {', '.join(modes)}.")
+    return {} if mode is None else modes[mode]
 
 
 def refusal(error: PrivacyError) -> Callable[..., Any]:
@@ -69,6 +111,7 @@ def compile_graph(
 ) -> Callable[..., Any]:
     """Compile a graph: private if it computes gradients, as it is otherwise."""
     _torch.require_strict_dynamo()
+    guard_optimizers()
     try:
         frame = _torch.current_frame(gm)
         if not _is_training(gm):
@@ -117,6 +160,11 @@ def _compile_training(
     compiled = _compile(extended, [*inputs, *extra], joint_pass, state.options, mode)
     if joint_pass.error is not None:
         return refusal(joint_pass.error)
+    if not joint_pass.ran:
+        raise PrivacyError(
+            "The step was compiled without its private rewrite, as if served from a cache. "
+            "Switch AOTAutograd's cache off: TORCHINDUCTOR_AUTOGRAD_CACHE=0."
+        )
     return PrivateGraph(compiled, state, first.index, first.batch_dim, list(parameters.items()))
 
 
@@ -238,8 +286,10 @@ class _Pass(_torch.CustomGraphPass):
         self.request = request
         self.state = state
         self.error: PrivacyError | None = None
+        self.ran = False
 
     def __call__(self, graph: fx.Graph) -> None:
+        self.ran = True
         if self.request is None:
             return
         try:
@@ -252,9 +302,16 @@ class _Pass(_torch.CustomGraphPass):
 
     def uuid(self) -> str:
         """Identify the rewrite: its sources, the options and the versions."""
+        return self._uuid
+
+    @functools.cached_property
+    def _uuid(self) -> str:
+        # Where the environment forces AOTAutograd's cache on, a graph of ours must not be found
+        # there: it would come back without this pass having looked at it.
+        once = secrets.token_hex() if _torch.autograd_cache_is_on() else ""
         request = "" if self.request is None else repr(self.request)
-        text = f"{_sources_digest()} {torch.__version__} {astuple(self.state.options)} {request}"
-        return hashlib.sha256(text.encode()).hexdigest()
+        parts = (_sources_digest(), torch.__version__, astuple(self.state.options), request, once)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 @functools.cache
@@ -279,5 +336,4 @@ def _compile(
 ) -> Callable[..., Any]:
     if options.lowering == "eager":
         return _torch.compile_without_codegen(gm, inputs, joint_pass)
-    settings = _torch.list_mode_options(mode) if mode else {}
-    return _torch.compile_with_inductor(gm, inputs, joint_pass, settings)
+    return _torch.compile_with_inductor(gm, inputs, joint_pass, inductor_settings(mode))

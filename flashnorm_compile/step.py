@@ -9,16 +9,16 @@ from collections.abc import Callable, Iterator
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar, overload
 
 import torch
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from flashnorm_compile import _torch
-from flashnorm_compile.backend import compile_graph
+from flashnorm_compile.backend import compile_graph, inductor_settings
 from flashnorm_compile.errors import PrivacyError
 from flashnorm_compile.kernels.noise import add_noise
+from flashnorm_compile.optimizers import discard_gradients, guard_optimizers, running
 from flashnorm_compile.options import Options
 from flashnorm_compile.passes.pipeline import Report
 from flashnorm_compile.passes.plan import Plan
-from flashnorm_compile.runtime import StepState, came_from_us, mark_private, releases_in
+from flashnorm_compile.runtime import StepState, came_from_us, mark_private
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -105,6 +105,7 @@ class PrivateStep(Generic[P, R]):
                 "dp_step needs sampling_rate with an accountant: the probability with which a "
                 "sample is in a batch (expected batch size / number of samples)."
             )
+        inductor_settings(mode)
         functools.update_wrapper(self, function)
         self.__name__: str = getattr(function, "__name__", type(function).__name__)
         self.options = options
@@ -117,7 +118,7 @@ class PrivateStep(Generic[P, R]):
 
         with _torch.strict_dynamo():
             self._compiled = torch.compile(function, backend=flashnorm, dynamic=dynamic)
-        _guard_optimizers()
+        guard_optimizers()
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the step.
@@ -130,7 +131,7 @@ class PrivateStep(Generic[P, R]):
         if not state.accumulating:
             state.observations.clear()
         try:
-            with _torch.strict_dynamo(), _running(self):
+            with _torch.strict_dynamo(), running(state):
                 result = self._compiled(*args, **kwargs)
         except _torch.RecompileLimitError as error:
             raise PrivacyError(
@@ -317,68 +318,9 @@ class PrivateStep(Generic[P, R]):
         return self._state.reports
 
 
-_stack: list[PrivateStep[Any, Any]] = []
-
-
-@contextlib.contextmanager
-def _running(step: PrivateStep[Any, Any]) -> Iterator[None]:
-    _stack.append(step)
-    try:
-        yield
-    finally:
-        _stack.pop()
-
-
-@functools.cache
-def _guard_optimizers() -> None:
-    register_optimizer_step_pre_hook(_check_optimizer)
-
-
-@torch.compiler.disable
-def _check_optimizer(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
-    """Refuse to use a gradient that is not private, inside a step or for its parameters."""
-    for position, parameter in enumerate(_parameters_of(optimizer)):
-        state = StepState.owner(parameter)
-        if state is None and not _stack:
-            continue
-        step = _stack[-1]._state if state is None else state
-        if step.accumulating:
-            raise PrivacyError(
-                "optimizer.step() ran inside accumulate(), before the noise was added. Call it "
-                "after the accumulate() block."
-            )
-        if parameter.grad is None:
-            continue
-        name = f"parameter {position} of the optimizer"
-        if state is not None:
-            name = state.parameters.get(parameter, name)
-        if not came_from_us(parameter):
-            _discard(optimizer)
-            raise PrivacyError(
-                f"{name} has a gradient that did not come out of a private backward, or was "
-                "changed since. All gradients were discarded. Every use of a trained parameter "
-                "belongs into the compiled step; leave .grad alone between backward() and "
-                "optimizer.step()."
-            )
-        if releases_in(parameter) != 1:
-            raise PrivacyError(
-                f"{name}.grad holds {releases_in(parameter)} releases. Call optimizer.zero_grad() "
-                "before each step, or use accumulate() to add up microbatches with one noise."
-            )
-
-
-def _parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _discard(optimizer: torch.optim.Optimizer) -> None:
-    for parameter in _parameters_of(optimizer):
-        parameter.grad = None
-
-
 def _discard_gradients(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     for value in (*args, *kwargs.values()):
         if isinstance(value, torch.nn.Module):
             value.zero_grad(set_to_none=True)
         elif isinstance(value, torch.optim.Optimizer):
-            _discard(value)
+            discard_gradients(value)

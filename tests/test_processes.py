@@ -8,6 +8,9 @@ import sys
 import textwrap
 from pathlib import Path
 
+import pytest
+import torch
+
 TESTS = Path(__file__).parent
 
 
@@ -55,6 +58,21 @@ def test_disabled_dynamo_is_refused_by_name(tmp_path):
     assert "Dynamo is switched off" in printed
 
 
+@pytest.mark.skipif(torch.__version__ >= "2.15", reason="torch compiles its own modules in place")
+def test_the_first_module_that_would_not_be_compiled_is_refused(tmp_path):
+    """The backend is loaded in the middle of ``module.compile``."""
+    code = """
+        for _ in range(2):
+            try:
+                torch.nn.Sequential(model).compile(backend="flashnorm", options=OPTIONS)
+            except fn.PrivacyError as error:
+                print(error)
+        torch.compile(step, backend="flashnorm", options=OPTIONS)
+    """
+    printed, _ = run(STEP, code, tmp_path)
+    assert printed.count("does not compile Sequential.forward") == 2
+
+
 def test_logger_calls_do_not_split_the_graph(tmp_path):
     """By the backend's name too, and only there: other functions go on logging."""
     code = """
@@ -71,3 +89,71 @@ def test_logger_calls_do_not_split_the_graph(tmp_path):
     printed, logged = run(STEP, code, tmp_path)
     assert printed == "private\n"
     assert logged.splitlines().count("called") == 1
+
+
+TRAIN = """
+    import torch
+    import flashnorm_compile as fn
+
+    def step(model, x):
+        loss = model(x).square().mean()
+        loss.backward()
+
+    def run(**options):
+        torch.manual_seed(0)
+        model, x = torch.nn.Linear(3, 2), torch.randn(4, 3)
+        defaults = {"max_grad_norm": 0.1, "noise_multiplier": 0.0, "expected_batch_size": 4}
+        compiled = torch.compile(step, backend="flashnorm", options=defaults | options)
+        compiled(model, x)
+        return model.weight.grad.norm().item()
+"""
+RAW = """
+    torch.manual_seed(0)
+    model, x = torch.nn.Linear(3, 2), torch.randn(4, 3)
+    torch.compile(step)(model, x)
+    print(model.weight.grad.norm().item())
+"""
+
+
+def number(common: str, code: str, cache: Path) -> float:
+    return float(run(common, code, cache, TORCHINDUCTOR_AUTOGRAD_CACHE="1")[0])
+
+
+def clipped(max_grad_norm: float) -> float:
+    """The norm of the weight's gradient, by a loop over samples."""
+    torch.manual_seed(0)
+    model, x = torch.nn.Linear(3, 2), torch.randn(4, 3)
+    total = torch.zeros(2, 3)
+    for sample in x:
+        grads = torch.autograd.grad(model(sample).square().mean(), [*model.parameters()])
+        norm = torch.cat([grad.flatten() for grad in grads]).norm()
+        total += grads[0] * min(1.0, max_grad_norm / (norm.item() + 1e-6))
+    return (total / len(x)).norm().item()
+
+
+def test_no_stale_graph_in_a_second_process(tmp_path):
+    """Each process finds the cache of those before it, and gets the graph that it asks for."""
+    assert number(TRAIN, RAW, tmp_path) == pytest.approx(clipped(float("inf")), rel=1e-5)
+    for _ in range(2):
+        assert number(TRAIN, "print(run())", tmp_path) == pytest.approx(clipped(0.1), rel=1e-5)
+    other = 'print(run(max_grad_norm=0.05, strategy="materialize"))'
+    assert number(TRAIN, other, tmp_path) == pytest.approx(clipped(0.05), rel=1e-5)
+
+
+def test_changed_passes_are_not_served_from_the_cache(tmp_path):
+    """What is looked up is the graph that the passes made, not the user's function."""
+    other_passes = """
+        from flashnorm_compile.passes import pipeline
+
+        insert_clipping = pipeline.insert_clipping
+
+        def doubled(*args):
+            context, before = args[-2:]
+            norms, weights = insert_clipping(*args)
+            return norms, context.emit(lambda weights: 2 * weights, weights, before=before)
+
+        pipeline.insert_clipping = doubled
+        print(run())
+    """
+    wrong = number(TRAIN, other_passes, tmp_path)
+    assert number(TRAIN, "print(run())", tmp_path) == pytest.approx(wrong / 2)

@@ -225,3 +225,23 @@ def test_gradient_traced_into_the_graph_never_reaches_the_optimizer():
     ):
         step(model, torch.randn(3, 4))
     assert model.weight.grad is None
+
+
+def test_optimizer_is_guarded_for_the_backend_by_name():
+    """A step that stops compiling, by a stance here, must not train on raw gradients."""
+    model = nn.Linear(40, 40)
+    optimizer = torch.optim.SGD(model.parameters())
+    options = {"max_grad_norm": CLIP, "noise_multiplier": SIGMA, "expected_batch_size": EXPECTED}
+
+    def step(x):
+        model(x).square().mean().backward()
+
+    compiled = torch.compile(step, backend="flashnorm", options={**options, "lowering": "eager"})
+    compiled(torch.randn(4, 40))
+    optimizer.step()
+    optimizer.zero_grad()
+    with torch.compiler.set_stance("force_eager"):
+        compiled(torch.randn(4, 40))
+    with pytest.raises(fn.PrivacyError, match="did not come out of a private backward"):
+        optimizer.step()
+    assert model.weight.grad is None

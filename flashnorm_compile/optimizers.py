@@ -1,0 +1,75 @@
+"""The last look at gradients: before an optimizer uses them."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from flashnorm_compile.errors import PrivacyError
+from flashnorm_compile.runtime import StepState, came_from_us, releases_in
+
+_running: list[StepState] = []
+
+
+@contextlib.contextmanager
+def running(state: StepState) -> Iterator[None]:
+    """Mark a private step as running: an optimizer that steps inside it is checked too."""
+    _running.append(state)
+    try:
+        yield
+    finally:
+        _running.pop()
+
+
+@functools.cache
+def guard_optimizers() -> None:
+    """Check the gradients before every step of every optimizer of this process."""
+    register_optimizer_step_pre_hook(_check_optimizer)
+
+
+@torch.compiler.disable
+def _check_optimizer(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+    """Refuse to use a gradient that is not private, inside a step or for its parameters."""
+    for position, parameter in enumerate(_parameters_of(optimizer)):
+        state = StepState.owner(parameter)
+        if state is None and not _running:
+            continue
+        step = _running[-1] if state is None else state
+        if step.accumulating:
+            raise PrivacyError(
+                "optimizer.step() ran inside accumulate(), before the noise was added. Call it "
+                "after the accumulate() block."
+            )
+        if parameter.grad is None:
+            continue
+        name = f"parameter {position} of the optimizer"
+        if state is not None:
+            name = state.parameters.get(parameter, name)
+        if not came_from_us(parameter):
+            discard_gradients(optimizer)
+            raise PrivacyError(
+                f"{name} has a gradient that did not come out of a private backward, or was "
+                "changed since. All gradients were discarded. Every use of a trained parameter "
+                "belongs into the compiled step; leave .grad alone between backward() and "
+                "optimizer.step()."
+            )
+        if releases_in(parameter) != 1:
+            raise PrivacyError(
+                f"{name}.grad holds {releases_in(parameter)} releases. Call optimizer.zero_grad() "
+                "before each step, or use accumulate() to add up microbatches with one noise."
+            )
+
+
+def _parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def discard_gradients(optimizer: torch.optim.Optimizer) -> None:
+    """Empty ``.grad`` of every parameter of an optimizer."""
+    for parameter in _parameters_of(optimizer):
+        parameter.grad = None
