@@ -1,14 +1,13 @@
 """flashnorm::add_noise: the generator, the distribution, the op and its kernels."""
 
 import importlib.util
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from interpreter import run_interpreted
 from scipy import stats
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -328,15 +327,7 @@ def check_kernel(device):
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_kernel_equals_reference_in_the_interpreter():
-    result = subprocess.run(
-        [sys.executable, "-c", "import test_noise; test_noise.check_kernel('cpu')"],
-        cwd=Path(__file__).parent,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
+    run_interpreted("import test_noise; test_noise.check_kernel('cpu')")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

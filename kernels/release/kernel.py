@@ -39,7 +39,7 @@ def release(
             numel = out.numel()
             if numel == 0:
                 continue
-            x = x if x[0].is_contiguous() else x.contiguous()
+            x = x if x[:1].is_contiguous() else x.contiguous()
             _release_kernel[(triton.cdiv(numel, 4 * QUADS_PER_PROGRAM),)](
                 x,
                 weights,

@@ -117,6 +117,13 @@ def _validate(
     for k, x in enumerate(samples):
         if not x.dtype.is_floating_point or x.dim() == 0:
             raise ValueError(f"release: samples[{k}] is {x.dtype}, {x.dim()}-d; expected [B, ...]")
+        sizes = (x.shape[0], weights.shape[0])
+        # Only sizes that are known: a comparison of symbolic ones would fix them.
+        if all(isinstance(size, int) for size in sizes) and sizes[0] != sizes[1]:
+            raise ValueError(
+                f"release: samples[{k}] holds {sizes[0]} samples; expected {sizes[1]}, one per "
+                "weight"
+            )
         if x.device != weights.device:
             raise ValueError(
                 f"release: samples[{k}] is on {x.device} and weights on {weights.device}; "
