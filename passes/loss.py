@@ -198,8 +198,11 @@ class _Lifter:
         vectors = [self.vectors.get(arg, arg) for arg in arguments]
         flat = [arg not in self.vectors for arg in arguments]
 
-        def code(*values: torch.Tensor) -> Any:
-            shaped = [v.reshape(()) if one else v for v, one in zip(values, flat, strict=True)]
+        def code(*values: Any) -> Any:
+            shaped = [
+                v.reshape(()) if one and isinstance(v, torch.Tensor) else v
+                for v, one in zip(values, flat, strict=True)
+            ]
             substitution = dict(zip(arguments, shaped, strict=True))
             args = fx.map_arg(node.args, substitution.__getitem__)
             kwargs = fx.map_arg(node.kwargs, substitution.__getitem__)

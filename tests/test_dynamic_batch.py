@@ -67,6 +67,21 @@ DYNAMIC = (
 )
 
 
+    "losses-mean_over_mean_of_mask",
+)
+
+
+#: Operations that the rewrite writes with a symbolic number of samples.
+DYNAMIC_WITH_INDUCTOR = (
+    "dense-einsum_heads",
+    "dense-matmul_spellings",
+    "conv-cnn_max_pool",
+    "sharing-embedding_twice_and_tied_head",
+    "sharing-indexed_by_gather",
+    "sharing-overlapping_slices",
+    "attention-multihead_attention_cross",
+    "parameters-weight_norm",
+    "losses-two_token_means",
 @pytest.mark.parametrize("name", DYNAMIC)
 def test_compiles_once_for_all_batch_sizes(name):
     check_sizes(CASES[name], lowering="eager")

@@ -127,13 +127,20 @@ def clamped_token_mean(model, ids, labels):
     return (losses * mask).sum() / mask.sum().clamp(min=1.0)
 
 
+def mean_over_mean_of_mask(model, ids, labels):
+    """Both means divide by B·T, which cancels."""
+    losses = F.cross_entropy(model(ids).transpose(1, 2), labels, reduction="none")
+    mask = (labels != IGNORED).float()
+    return (losses * mask).mean() / mask.mean()
+
+
 def token_sum(model, ids, labels):
     return F.cross_entropy(model(ids).flatten(0, 1), labels.flatten(), ignore_index=IGNORED,
                            reduction="sum")
 
 
 for _loss in (token_mean, token_mean_transposed, masked_token_mean, per_sample_masked_mean,
-              clamped_token_mean):
+              clamped_token_mean, mean_over_mean_of_mask):
     _add(_loss.__name__, _loss, model=TiedHead, inputs=uneven_tokens)
 _add("shifted_token_mean", shifted_token_mean, model=TiedHead,
      inputs=lambda size: uneven_tokens(size, length=9)[:1] * 2)
