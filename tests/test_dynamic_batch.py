@@ -42,6 +42,9 @@ DYNAMIC = (
     "sharing-embedding_padding_idx",
     "attention-positions_from_data",
     "attention-positions_expanded",
+    # any other operation, once per sample
+    "sharing-indexed_columns",
+    "sharing-indexed_by_gather",
     # cross terms
     "sharing-tied_head",
     "sharing-embedding_twice_and_tied_head",
@@ -64,9 +67,6 @@ DYNAMIC = (
     "losses-masked_token_mean",
     "losses-two_token_means",
     "losses-class_weights_mean",
-)
-
-
     "losses-mean_over_mean_of_mask",
 )
 
@@ -82,9 +82,18 @@ DYNAMIC_WITH_INDUCTOR = (
     "attention-multihead_attention_cross",
     "parameters-weight_norm",
     "losses-two_token_means",
+)
+
+
 @pytest.mark.parametrize("name", DYNAMIC)
 def test_compiles_once_for_all_batch_sizes(name):
     check_sizes(CASES[name], lowering="eager")
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize("name", DYNAMIC_WITH_INDUCTOR)
+def test_compiles_once_for_all_batch_sizes_with_inductor(name):
+    check_sizes(CASES[name], lowering="inductor")
 
 
 @pytest.mark.parametrize("name", [

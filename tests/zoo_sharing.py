@@ -47,6 +47,33 @@ class BagOfWords(nn.Module):
 SHARING.add("indexed_parameter", BagOfWords, tokens_to_class(5, VOCAB, 3), cross_entropy)
 
 
+class Indexed(nn.Module):
+    """A parameter read at places that every sample names, but not as a table of rows."""
+
+    def __init__(self, how: str):
+        super().__init__()
+        self.how = how
+        shape = (3, VOCAB) if how == "columns" else (VOCAB, 3)
+        self.weight = nn.Parameter(torch.randn(shape))
+
+    def forward(self, ids):
+        if self.how == "columns":
+            picked = self.weight[:, ids].permute(1, 2, 0)
+        elif self.how == "two_indices":
+            picked = self.weight[ids, ids % 3]
+        else:
+            picked = self.weight.gather(0, ids)
+        return picked.tanh()
+
+
+SHARING.add("indexed_columns", lambda: Indexed("columns"), tokens_to_class(5, VOCAB, 3),
+            lambda model, ids, labels: F.cross_entropy(model(ids).mean(1), labels))
+SHARING.add("indexed_by_two_indices", lambda: Indexed("two_indices"),
+            tokens_to_class(5, VOCAB, 5), cross_entropy)
+SHARING.add("indexed_by_gather", lambda: Indexed("gather"), tokens_to_class(3, VOCAB, 3),
+            cross_entropy)
+
+
 class TiedHead(nn.Module):
     """The output head is the embedding matrix: ``F.linear(h, emb.weight)``."""
 
