@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from flashnorm_compile.kernels.noise import add_noise
+from flashnorm_compile.passes.layout import laid_out, memory_order
 
 
 class EmptyBatchGraph:
@@ -52,16 +53,19 @@ class _NoiseAlone(torch.autograd.Function):
     def backward(ctx: Any, *_gradients: torch.Tensor) -> tuple[Any, ...]:
         key, scalars, probe, *parameters = ctx.saved_tensors
         noise = [
-            add_noise(
-                torch.zeros_like(parameter, dtype=torch.float32),
-                key,
-                scalars,
-                stream,
-                parameter.dtype,
-            )
+            _noise_for(parameter, key, scalars, stream)
             for stream, parameter in enumerate(parameters)
         ]
         return (None, None, None, *[None] * ctx.count, torch.zeros_like(probe), *noise)
+
+
+def _noise_for(
+    parameter: torch.Tensor, key: torch.Tensor, scalars: torch.Tensor, stream: int
+) -> torch.Tensor:
+    zeros = torch.zeros_like(parameter, dtype=torch.float32)
+    noise = add_noise(zeros, key, scalars, stream, parameter.dtype)
+    order = memory_order(parameter)
+    return noise if order is None else laid_out(noise, order)
 
 
 def _leaves_behind(outputs: list[torch.Tensor]) -> set[int]:

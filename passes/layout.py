@@ -1,4 +1,4 @@
-"""Bring the sample axis of a tensor to the front, and give per-sample factors its shape."""
+"""Where samples lie in a tensor, and where a parameter's dims lie in memory."""
 
 from __future__ import annotations
 
@@ -76,6 +76,22 @@ def masked_scale(
     weight = axis.spread(weights, x)
     kept = (x * weight).to(x.dtype) if scale else x
     return torch.where(weight == 0, torch.zeros((), dtype=x.dtype, device=x.device), kept)
+
+
+def memory_order(parameter: torch.Tensor) -> list[int] | None:
+    """Return a dense parameter's dims as they lie in memory; None if they lie in order.
+
+    Autograd copies a gradient that is not laid out as its parameter (a parameter with gaps wants
+    a row-major one), and the copy in ``.grad`` is not what was released.
+    """
+    order = sorted(range(parameter.ndim), key=parameter.stride().__getitem__, reverse=True)
+    dense = parameter.permute(order).is_contiguous()
+    return order if dense and not parameter.is_contiguous() else None
+
+
+def laid_out(x: torch.Tensor, order: list[int]) -> torch.Tensor:
+    """Lay a tensor's dims out in the given order in memory."""
+    return x.permute(order).contiguous().permute(sorted(range(x.ndim), key=order.__getitem__))
 
 
 def _integer(expr: sympy.Expr) -> int | None:

@@ -8,6 +8,7 @@ from torch import fx
 from flashnorm_compile.kernels.release import release
 from flashnorm_compile.passes.gradient_sites import ParameterGradient
 from flashnorm_compile.passes.joint import JointGraph
+from flashnorm_compile.passes.layout import laid_out, memory_order
 from flashnorm_compile.passes.norms import Norms, run_tail, tail_constants
 from flashnorm_compile.passes.sites import Context
 
@@ -139,6 +140,9 @@ def _release(
         code, weights, key, scalars, *(value for _, value in values), before=joint.output_node
     )
     for (index, _), node in zip(values, nodes, strict=True):
+        order = memory_order(joint.inputs[index].meta["val"])
+        if order is not None:
+            node = context.emit(laid_out, node, order, before=joint.output_node)
         joint.replace_gradient(index, node)
 
 

@@ -39,6 +39,7 @@ EDGE_CASES = (
     "attention-positions_expanded",
     "attention-class_token_expand",
     "parameters-scalar_parameter",
+    "parameters-channels_last_weight",
     "losses-token_mean",
     "losses-sum",
 )

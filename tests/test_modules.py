@@ -17,6 +17,7 @@ WITH_INDUCTOR = (
     "sharing-weight_at_three_lengths",
     "attention-class_token_expand",
     "parameters-scalar_parameter",
+    "parameters-channels_last_weight",
     "losses-token_mean",
     "calls-autocast_tied_head",
 )

@@ -113,6 +113,10 @@ PARAMETERS.add("spectral_norm_eval",
                regression(5, 6, targets=(5, 3)), mse)
 PARAMETERS.add("spectral_norm_train", lambda: with_parametrization(parametrizations.spectral_norm),
                regression(5, 6, targets=(5, 3)), mse)
+PARAMETERS.add("channels_last_weight",
+               lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Conv2d(4, 2, 3)).to(
+                   memory_format=torch.channels_last),
+               only_x(3, 7, 7), squares)
 
 
 class Symmetric(nn.Module):
