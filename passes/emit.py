@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +42,22 @@ class Emitter:
             before: where the code goes.
             like: the node whose source line the code carries (default: ``before``).
         """
+        meta = _kept(like or before, _PROVENANCE) | {"partitioner_tag": "must_be_in_backward"}
+        return self._insert(function, args, before, meta)
+
+    def replace(self, node: fx.Node, function: Callable[..., torch.Tensor]) -> None:
+        """Put ``function`` of a node's arguments in its place, forward or backward as it was."""
+        result = self._insert(function, node.args, node, _kept(node, _PROVENANCE + _PLACE))
+        node.replace_all_uses_with(result)
+        self.graph.erase_node(node)
+
+    def _insert(
+        self,
+        function: Callable[..., Any],
+        args: Sequence[Any],
+        before: fx.Node,
+        meta: dict[str, Any],
+    ) -> Any:
         positions = [i for i, arg in enumerate(args) if isinstance(arg, fx.Node)]
         nodes = [args[i] for i in positions]
 
@@ -57,10 +73,14 @@ class Emitter:
             )
         snippet.graph.eliminate_dead_code()
         _refuse_writes_into_expanded(snippet.graph)
-        return self._splice(snippet, nodes, before, like or before)
+        return self._splice(snippet, nodes, before, meta)
 
     def _splice(
-        self, snippet: fx.GraphModule, nodes: list[fx.Node], before: fx.Node, like: fx.Node
+        self,
+        snippet: fx.GraphModule,
+        nodes: Sequence[fx.Node],
+        before: fx.Node,
+        meta: dict[str, Any],
     ) -> Any:
         mapping: dict[fx.Node, Any] = dict(
             zip(snippet.graph.find_nodes(op="placeholder"), nodes, strict=True)
@@ -69,7 +89,7 @@ class Emitter:
             for node in snippet.graph.nodes:
                 if node.op == "call_function":
                     copy = self.graph.node_copy(node, lambda source: mapping[source])
-                    copy.meta = {"val": node.meta["val"], **_provenance(like)}
+                    copy.meta = {"val": node.meta["val"], **meta}
                     if "tensor_meta" in node.meta:
                         copy.meta["tensor_meta"] = node.meta["tensor_meta"]
                     mapping[node] = copy
@@ -106,11 +126,13 @@ def _refuse_writes_into_expanded(graph: fx.Graph) -> None:
             raise AssertionError(f"{node.target} writes into an expanded tensor; give it its own")
 
 
-def _provenance(like: fx.Node) -> dict[str, Any]:
-    kept: dict[str, Any] = {
-        key: like.meta[key] for key in ("stack_trace", "nn_module_stack") if key in like.meta
-    }
-    return {"partitioner_tag": "must_be_in_backward", **kept}
+_PROVENANCE = ("stack_trace", "nn_module_stack")
+# What tells the partitioner where a node goes, and whether a checkpoint recomputes it.
+_PLACE = ("seq_nr", "partitioner_tag", "recompute", "ac_graph_id")
+
+
+def _kept(node: fx.Node, keys: tuple[str, ...]) -> dict[str, Any]:
+    return {key: node.meta[key] for key in keys if key in node.meta}
 
 
 def half_matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from flashnorm_compile.errors import PrivacyError
 from flashnorm_compile.passes.batch_axis.analysis import Analysis
 from flashnorm_compile.passes.batch_axis.values import Batched, Constant, Mixed
 from flashnorm_compile.passes.joint import JointGraph
+from flashnorm_compile.passes.matrix_exp import match_derivative
 from flashnorm_compile.passes.sites import Context, Site, site_at
 from flashnorm_compile.passes.sites.generic import is_zero_fill
 
@@ -41,7 +42,7 @@ ISOMETRIES = CASTS | {
 }
 # Linear in all their tensor arguments together; a constant argument makes them affine.
 _SUMS = {aten.add.Tensor, aten.sub.Tensor, aten.cat.default, aten.stack.default}
-# Linear in one argument, with constants for the others.
+# Linear in the first argument, with constants for the others.
 _LINEAR = {
     aten.expand.default,
     aten.slice.Tensor,
@@ -66,7 +67,13 @@ _LINEAR = {
     aten.mul.Scalar,
     operator.getitem,
 }
-_FIRST_ONLY = {aten.div.Tensor, aten._weight_norm_interface_backward.default}
+# Linear in the argument at a position, with constants for the others.
+_ONE_ARGUMENT: dict[Any, tuple[int, ...]] = {
+    aten.div.Tensor: (0,),
+    aten._weight_norm_interface_backward.default: (0,),
+    aten.linalg_lu_solve.default: (2,),
+    aten.linalg_solve_triangular.default: (1,),
+}
 # By name: Inductor registers its own primitive when it is first imported.
 _FUSED = {"aten.addcmul.default", "prims.fma.default"}
 _PRODUCTS = {aten.mul.Tensor, aten.mm.default, aten.bmm.default, aten.mv.default}
@@ -183,6 +190,7 @@ def _trace_back(
     gradient = ParameterGradient(index, name, output)
     tail: set[fx.Node] = set()
     sites: set[fx.Node] = set()
+    blocks: set[fx.Node] = set()
     pending = [output]
     while pending:
         node = pending.pop()
@@ -200,12 +208,18 @@ def _trace_back(
         if _contracts(node, analysis):
             sites.add(node)
             continue
+        if (derivative := match_derivative(node, analysis)) is not None:
+            tail |= derivative.nodes
+            blocks |= derivative.nodes
+            pending.append(derivative.direction)
+            continue
         tail.add(node)
         pending.extend(_linear_arguments(node, name, analysis))
     gradient.sites = [site_for(node, name) for node in sorted(sites, key=order.__getitem__)]
     gradient.tail = sorted(tail, key=order.__getitem__)
     # Constants next to mixed values: zeros to write into stay linear, the rest is affine.
-    gradient.affine = gradient.affine or any(_adds_constant(node, analysis) for node in tail)
+    affine = any(_adds_constant(node, analysis) for node in tail - blocks)
+    gradient.affine = gradient.affine or affine
     return gradient
 
 
@@ -226,7 +240,7 @@ def _linear_arguments(node: fx.Node, name: str, analysis: Analysis) -> list[fx.N
         target in ISOMETRIES
         or target in _SUMS
         or (target in _LINEAR and mixed == [node.args[0]])
-        or (target in _FIRST_ONLY and mixed == [node.args[0]])
+        or (target in _ONE_ARGUMENT and _only_in(node, mixed, _ONE_ARGUMENT[target]))
         or (target in _PRODUCTS and len(mixed) == 1 and node.args[0] is not node.args[1])
         or (str(target) in _FUSED and _linear_fma(node, analysis))
         or (target is aten.constant_pad_nd.default and _pads_with_zero(node))

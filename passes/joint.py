@@ -21,6 +21,7 @@ class JointGraph:
         outputs: the user's forward outputs.
         state_writes: input position → the value the step writes into that input.
         gradients: input position → its gradient's position among the graph's outputs.
+        tokens: placeholders without content, which keep side effects of the forward in order.
     """
 
     graph: fx.Graph
@@ -29,6 +30,7 @@ class JointGraph:
     outputs: tuple[fx.Node, ...]
     state_writes: dict[int, fx.Node]
     gradients: dict[int, int]
+    tokens: tuple[fx.Node, ...]
 
     @property
     def output_node(self) -> fx.Node:
@@ -62,17 +64,20 @@ def read_joint_graph(graph: fx.Graph) -> JointGraph | None:
     placeholders = graph.find_nodes(op="placeholder")
     inputs: dict[int, fx.Node] = {}
     tangent_of: dict[fx.Node, object] = {}
+    tokens: list[fx.Node] = []
     for node in placeholders:
         match node.meta.get("desc"):
             case descriptors.PlainAOTInput(idx=index):
                 inputs[index] = node
             case descriptors.TangentAOTInput(output=output):
                 tangent_of[node] = output
+            case descriptors.ForwardTokenAOTInput():
+                tokens.append(node)
             case other if tangent_of or _has_tangents(placeholders):
                 raise PrivacyError(
                     f"The step has an input that is not understood ({other}): inputs that share "
-                    "memory, tensor subclasses, and operations with side effects (assertions on "
-                    "values, printing) are not supported. Pass separate plain tensors."
+                    "memory, tensor subclasses and side effects in the backward are not "
+                    "supported. Pass separate plain tensors."
                 )
     if not tangent_of:
         return None
@@ -97,7 +102,7 @@ def read_joint_graph(graph: fx.Graph) -> JointGraph | None:
                 by_descriptor[descriptor] = value
                 if isinstance(value, fx.Node):
                     outputs.append(value)
-            case None:
+            case None | descriptors.ForwardTokenAOTOutput():
                 pass
             case other:
                 raise PrivacyError(
@@ -109,7 +114,7 @@ def read_joint_graph(graph: fx.Graph) -> JointGraph | None:
         if source not in by_descriptor:
             raise PrivacyError(f"The gradient of the output {source} enters the step unexplained.")
         tangents[node] = by_descriptor[source]
-    return JointGraph(graph, inputs, tangents, tuple(outputs), writes, gradients)
+    return JointGraph(graph, inputs, tangents, tuple(outputs), writes, gradients, tuple(tokens))
 
 
 def _has_tangents(placeholders: list[fx.Node]) -> bool:

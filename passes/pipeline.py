@@ -11,6 +11,7 @@ from flashnorm_compile._torch import size_expr, source_location
 from flashnorm_compile.errors import PrivacyError
 from flashnorm_compile.passes.batch_axis import Batched, Constant, Mixed, Value, analyze
 from flashnorm_compile.passes.batch_axis.analysis import Analysis
+from flashnorm_compile.passes.effects import refuse_effects
 from flashnorm_compile.passes.emit import Emitter
 from flashnorm_compile.passes.gradient_sites import ParameterGradient, find_gradient_sites
 from flashnorm_compile.passes.joint import JointGraph, read_joint_graph
@@ -20,6 +21,7 @@ from flashnorm_compile.passes.one_sample import one_sample
 from flashnorm_compile.passes.plan import Plan, make_plan
 from flashnorm_compile.passes.release import insert_clipping, insert_release
 from flashnorm_compile.passes.sites import Context
+from flashnorm_compile.passes.trilinear import replace_trilinear
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,9 @@ def make_private(graph: fx.Graph, request: Request) -> Report | None:
     joint = read_joint_graph(graph)
     if joint is None:
         return None
+    if replace_trilinear(graph):
+        joint = read_joint_graph(graph)
+        assert joint is not None
     _check_gradients(joint, request)
     # Nothing of the probe's own backward is needed; its gradient will be the norms.
     joint.replace_gradient(request.probe, joint.inputs[request.probe])
@@ -76,7 +81,9 @@ def make_private(graph: fx.Graph, request: Request) -> Report | None:
         return None
     size = size_expr(request.batch_size)
     if size == 1:
-        refuse_state_writes(joint, _taint(joint, request), request)
+        tainted = _taint(joint, request)
+        refuse_effects(graph, tainted)
+        refuse_state_writes(joint, tainted, request)
         plan = one_sample(joint, request)
     else:
         plan = _rewrite(joint, request)
@@ -94,6 +101,7 @@ def _rewrite(joint: JointGraph, request: Request) -> Plan:
     check_reduction(joint, analysis, ancestry, mean=mean)
     if unreduce_normalisers(joint, analysis, ancestry, emit, batch, mean=mean):
         analysis = _analyze(joint, request)
+    refuse_effects(joint.graph, analysis.values)
     refuse_state_writes(joint, analysis.values, request)
     losses, zeros = _scalar_tangents(joint, analysis)
 
@@ -129,7 +137,8 @@ def _analyze(joint: JointGraph, request: Request) -> Analysis:
 
 
 def _seeds(joint: JointGraph, request: Request) -> dict[fx.Node, Value]:
-    seeds: dict[fx.Node, Value] = {node: Constant() for node in joint.inputs.values()}
+    constants = (*joint.inputs.values(), *joint.tokens)
+    seeds: dict[fx.Node, Value] = {node: Constant() for node in constants}
     for index, dim in request.batch_dims.items():
         if index in joint.inputs:
             seeds[joint.inputs[index]] = Batched(dim)

@@ -31,6 +31,7 @@ EDGE_CASES = (
     "dense-mlp",
     "dense-layer_norm",
     "dense-time_first",
+    "dense-bilinear_time_axis",
     "conv-cnn_max_pool",
     "conv-conv1d_grouped",
     "sharing-embedding",
@@ -39,6 +40,9 @@ EDGE_CASES = (
     "attention-positions_expanded",
     "attention-class_token_expand",
     "parameters-scalar_parameter",
+    "parameters-orthogonal_householder",
+    "parameters-orthogonal_matrix_exp",
+    "parameters-orthogonal_cayley",
     "parameters-channels_last_weight",
     "losses-token_mean",
     "losses-sum",
@@ -54,7 +58,9 @@ def floating(batch):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("name", [
-    "dense-mlp", "dense-layer_norm", "conv-conv1d_grouped", "parameters-scalar_parameter",
+    "dense-mlp", "dense-layer_norm", "dense-bilinear", "conv-conv1d_grouped",
+    "parameters-scalar_parameter", "parameters-orthogonal_householder",
+    "parameters-orthogonal_matrix_exp", "parameters-orthogonal_cayley",
 ])
 def test_sample_that_is_not_finite_contributes_zero(name, value, strategy):
     case = CASES[name]

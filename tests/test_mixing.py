@@ -292,6 +292,31 @@ def sums_by_group(model, x, y):
     return sums.square().sum()
 
 
+class NotLinear(torch.autograd.Function):
+    """A weight whose gradient, a sum over samples, is changed in a way that is not linear."""
+
+    @staticmethod
+    def forward(ctx, weight, how):
+        ctx.how = how
+        return weight.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        if ctx.how == "exponential":
+            return torch.linalg.matrix_exp(gradient), None
+        return gradient / gradient, None
+
+
+@mixing("linalg_matrix_exp", model=lambda: nn.Linear(6, 6))
+def exponential_of_a_gradient(model, x, y):
+    return F.cross_entropy(x @ NotLinear.apply(model.weight, "exponential"), y)
+
+
+@mixing("div", model=lambda: nn.Linear(6, 6))
+def gradient_divided_by_itself(model, x, y):
+    return F.cross_entropy(x @ NotLinear.apply(model.weight, "quotient"), y)
+
+
 class MemoryBank(nn.Module):
     def __init__(self):
         super().__init__()

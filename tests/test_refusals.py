@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrizations
-from zoo_dense import Bilinear, mlp
+from zoo_dense import mlp
 
 import flashnorm_compile as fn
 
@@ -36,16 +35,87 @@ def square_loss_step():
     return step
 
 
+@torch.library.custom_op("flashnorm_tests::halve", mutates_args=())
+def halve(x: torch.Tensor) -> torch.Tensor:
+    """Stand for an operation of a library that the analysis has never heard of."""
+    return x / 2
+
+
+halve.register_fake(torch.empty_like)
+halve.register_autograd(lambda _, gradient: gradient / 2)
+
+
 def test_operation_without_a_rule():
-    text = refused(square_loss_step(), Bilinear(), torch.randn(4, 6))
-    assert "no batch-axis rule for aten._trilinear" in text
-    assert "zoo_dense.py" in text
+    class Halved(nn.Linear):
+        def forward(self, x):
+            return halve(super().forward(x))
+
+    text = refused(square_loss_step(), Halved(6, 3), torch.randn(4, 6))
+    assert "no batch-axis rule for flashnorm_tests.halve" in text
+    assert "test_refusals.py" in text
 
 
-def test_operation_with_side_effects():
-    """This parametrization asserts on values while it runs."""
-    model = parametrizations.orthogonal(nn.Linear(6, 6), orthogonal_map="cayley")
-    assert "side effects" in refused(square_loss_step(), model, torch.randn(4, 6))
+drops_checks = pytest.mark.skipif(
+    torch.__version__ < (2, 13), reason="torch before 2.13 compiles linear algebra without checks"
+)
+
+
+@drops_checks
+@pytest.mark.parametrize("size", [4, 1])
+def test_check_that_fails_for_some_samples(size):
+    """An inverse raises an error for the sample that has none."""
+    @fn.dp_step(**OPTIONS)
+    def step(model, x):
+        inverse = torch.linalg.inv(x.unflatten(1, (2, 2)))
+        loss = model(inverse.flatten(1)).square().mean()
+        loss.backward()
+
+    text = refused(step, nn.Linear(4, 3), torch.randn(size, 4))
+    assert "side effect that depends on samples" in text
+    assert "aten._linalg_check_errors" in text
+    assert "test_refusals.py" in text
+    assert "inv_ex" in text
+
+
+def test_inverse_without_a_check():
+    """The remedy that the refusal names."""
+    @fn.dp_step(**OPTIONS)
+    def step(model, x):
+        inverse = torch.linalg.inv_ex(x.unflatten(1, (2, 2)))[0]
+        loss = model(inverse.flatten(1)).square().mean()
+        loss.backward()
+
+    step(nn.Linear(4, 3), torch.randn(4, 4))
+    assert torch.isfinite(step.per_sample_norms).all()
+
+
+@drops_checks
+def test_check_of_weights_still_runs():
+    """As in eager mode: a weight without an inverse is an error, not a gradient of NaN."""
+    class Inverse(nn.Module):
+        def forward(self, weight):
+            return torch.linalg.inv(weight)
+
+    model = nn.Linear(6, 6)
+    nn.utils.parametrize.register_parametrization(model, "weight", Inverse())
+    step = square_loss_step()
+    step(model, torch.randn(4, 6))
+    model.zero_grad()
+    with torch.no_grad():
+        model.parametrizations.weight.original.zero_()
+    with pytest.raises(torch.linalg.LinAlgError, match="singular"):
+        step(model, torch.randn(4, 6))
+
+
+def test_other_side_effects():
+    """Of a weight alone, yet nobody knows what an effect may bring into the graph."""
+    @fn.dp_step(**OPTIONS)
+    def step(model, x):
+        torch.ops.aten._print("here")
+        loss = model(x).square().mean()
+        loss.backward()
+
+    assert "side effect" in refused(step, mlp(), torch.randn(4, 6))
 
 
 def test_no_batch_input():

@@ -92,13 +92,41 @@ DENSE.add("residual", Residual, regression(5, 6, targets=(5, 6)), mse)
 
 
 class Bilinear(nn.Module):
-    def __init__(self):
+    def __init__(self, *, bias: bool = True):
         super().__init__()
         self.left, self.right = nn.Linear(6, 4), nn.Linear(6, 5)
-        self.bilinear = nn.Bilinear(4, 5, 3)
+        self.bilinear = nn.Bilinear(4, 5, 3, bias=bias)
 
     def forward(self, x):
         return self.bilinear(self.left(x), self.right(x))
+
+
+DENSE.add("bilinear", Bilinear, regression(6, targets=(3,)), mse)
+DENSE.add("bilinear_no_bias", lambda: Bilinear(bias=False), regression(6, targets=(3,)), mse)
+DENSE.add("bilinear_time_axis", Bilinear, regression(5, 6, targets=(5, 3)), mse)
+DENSE.add("bilinear_time_first", Bilinear,
+          lambda size: {"x": torch.randn(5, size, 6), "y": torch.randn(5, size, 3)},
+          mse, in_dims={"x": 1, "y": 1})
+DENSE.add("bilinear_of_two_inputs", lambda: nn.Bilinear(4, 4, 4),
+          lambda size: (torch.randn(size, 4), torch.randn(size, 4)),
+          lambda model, x, y: model(x, y).square().mean())
+
+
+class BilinearAttention(nn.Module):
+    """Scores every step against a learned query; the weight serves twice, once symmetrically."""
+
+    def __init__(self):
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(6))
+        self.weight = nn.Parameter(torch.randn(2, 6, 6) / 3)
+
+    def forward(self, x):
+        scores = F.bilinear(x, self.query.expand_as(x), self.weight)
+        return scores.softmax(-2) + F.bilinear(x, x, self.weight)
+
+
+DENSE.add("bilinear_query_and_shared_weight", BilinearAttention,
+          regression(5, 6, targets=(5, 2)), mse)
 
 
 class Einsum(nn.Module):

@@ -113,6 +113,67 @@ PARAMETERS.add("spectral_norm_eval",
                regression(5, 6, targets=(5, 3)), mse)
 PARAMETERS.add("spectral_norm_train", lambda: with_parametrization(parametrizations.spectral_norm),
                regression(5, 6, targets=(5, 3)), mse)
+
+
+def orthogonal(layer: nn.Module, **options) -> nn.Module:
+    """Make the weight orthogonal, and move it away from where the parametrization starts."""
+    layer = parametrizations.orthogonal(layer, **options)
+    original = layer.parametrizations.weight.original
+    with torch.no_grad():
+        # The diagonal is left alone: one of the maps takes its signs.
+        original += 0.3 * torch.randn_like(original) * (1 - torch.eye(*original.shape[-2:]))
+    return layer
+
+
+for _map in ("householder", "matrix_exp", "cayley"):
+    PARAMETERS.add(f"orthogonal_{_map}",
+                   lambda which=_map: with_parametrization(
+                       lambda layer: orthogonal(layer, orthogonal_map=which)),
+                   regression(5, 6, targets=(5, 3)), mse)
+    PARAMETERS.add(f"orthogonal_square_{_map}",
+                   lambda which=_map: nn.Sequential(
+                       orthogonal(nn.Linear(4, 4), orthogonal_map=which), nn.Tanh(),
+                       nn.Linear(4, 3)),
+                   regression(4, targets=(3,)), mse)
+    # Weights [6, 4, 3]: one matrix per filter.
+    PARAMETERS.add(f"orthogonal_conv_{_map}",
+                   lambda which=_map: nn.Sequential(
+                       orthogonal(nn.Conv1d(4, 6, 3), orthogonal_map=which), nn.Tanh(),
+                       nn.Conv1d(6, 2, 1)),
+                   only_x(4, 9), squares)
+    # Without a base, the first keeps its parameter as QR gives it, column by column.
+    PARAMETERS.add(f"orthogonal_no_base_{_map}",
+                   lambda which=_map: nn.Sequential(
+                       orthogonal(nn.Linear(6, 8), orthogonal_map=which,
+                                  use_trivialization=False), nn.Tanh(),
+                       nn.Linear(8, 3)),
+                   regression(5, 6, targets=(5, 3)), mse)
+
+
+class Inverse(nn.Module):
+    """An inverse, which is checked, or the solution of triangular equations, which is not."""
+
+    def __init__(self, *, triangular: bool):
+        super().__init__()
+        self.triangular = triangular
+
+    def forward(self, weight):
+        if self.triangular:
+            return torch.linalg.solve_triangular(weight.tril(-1), weight, upper=False,
+                                                 unitriangular=True)
+        return torch.linalg.inv(weight + 3 * torch.eye(len(weight)))
+
+
+def inverse_of_weight(*, triangular: bool) -> nn.Module:
+    layer = nn.Linear(6, 6)
+    parametrize.register_parametrization(layer, "weight", Inverse(triangular=triangular))
+    return nn.Sequential(layer, nn.Tanh(), nn.Linear(6, 3))
+
+
+PARAMETERS.add("inverse_of_weight", lambda: inverse_of_weight(triangular=False),
+               regression(5, 6, targets=(5, 3)), mse)
+PARAMETERS.add("triangular_solve_of_weight", lambda: inverse_of_weight(triangular=True),
+               regression(5, 6, targets=(5, 3)), mse)
 PARAMETERS.add("channels_last_weight",
                lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Conv2d(4, 2, 3)).to(
                    memory_format=torch.channels_last),

@@ -1,0 +1,41 @@
+"""Side effects: a check of weights may run, anything that sees samples may not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import fx
+
+from flashnorm_compile._torch import effect_of, source_location
+from flashnorm_compile.errors import PrivacyError
+from flashnorm_compile.passes.batch_axis import Constant, Value
+
+# Raise an error or do nothing, and return nothing. Other effects may also bring in values that
+# the graph does not explain: what a queue returns may be what a sample left there.
+_CHECKS = {torch.ops.aten._linalg_check_errors.default}
+
+
+def refuse_effects(graph: fx.Graph, values: Mapping[fx.Node, Value]) -> None:
+    """Refuse side effects other than checks of values that depend on no sample.
+
+    Raises:
+        PrivacyError: there is one. An error raised for one sample shows, without noise, that the
+            sample is in the batch.
+    """
+    for node in graph.nodes:
+        effect = effect_of(node)
+        if effect is None:
+            continue
+        where = f"({effect}, at {source_location(node)})"
+        if effect not in _CHECKS:
+            raise PrivacyError(
+                f"The step has a side effect that is not understood {where}. Do it outside the "
+                "compiled function."
+            )
+        if not isinstance(values[node], Constant):
+            raise PrivacyError(
+                "The step has a side effect that depends on samples: it raises an error for some "
+                f"of them {where}, which would show data without noise. Use the function's "
+                "variant without checks, such as torch.linalg.inv_ex or torch.linalg.solve_ex."
+            )
