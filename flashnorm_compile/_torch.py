@@ -8,6 +8,7 @@ import functools
 import inspect
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import CodeType
@@ -221,6 +222,40 @@ def current_frame(gm: fx.GraphModule) -> Frame:
         earlier_breaks=earlier,
         end=_graph_break(reason) if reason is not None and reason.graph_break else None,
     )
+
+
+def uncompiled_caller() -> str | None:
+    """Describe the caller of the frame being compiled that itself runs uncompiled, if any.
+
+    Where Dynamo leaves a function alone (a loop or ``try`` around a graph break), it compiles the
+    functions that this one calls, each by itself.
+    """
+    from torch._dynamo.convert_frame import output_codes
+
+    machinery = inspect.getfile(torch._dynamo.convert_frame)
+    callers: list[tuple[CodeType, int]] = []
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code.co_name != "compile_wrapper":
+        callers.append((frame.f_code, frame.f_lineno))
+        if frame.f_code.co_filename == machinery:
+            callers.clear()
+        frame = frame.f_back
+    for code, line in callers:
+        if code not in output_codes and not code.co_filename.endswith(_PASSING_ON):
+            return f"{code.co_name} ({code.co_filename}:{line})"
+    return None
+
+
+# What stands between the call of a compiled function and its frame: it only passes arguments on.
+_PASSING_ON = tuple(
+    os.path.join("torch", *parts)
+    for parts in (
+        ("nn", "modules", "module.py"),
+        ("utils", "_contextlib.py"),
+        ("_dynamo", "external_utils.py"),
+        ("_dynamo", "eval_frame.py"),
+    )
+)
 
 
 def last_unexpected_break() -> GraphBreak | None:
@@ -515,6 +550,25 @@ def _without_autograd_cache() -> Any:
 def autograd_cache_is_on() -> bool:
     """Return whether AOTAutograd's cache is used here: the environment can force it."""
     return bool(functorch_config.enable_autograd_cache)
+
+
+@contextlib.contextmanager
+def before_backward(check: Callable[[Sequence[torch.Tensor]], None]) -> Iterator[None]:
+    """Call ``check`` with the tensors that each backward pass of this thread starts from."""
+    run_backward = torch.autograd._engine_run_backward  # type: ignore[attr-defined]
+    thread = threading.get_ident()
+
+    @torch.compiler.disable
+    def checked(roots: Sequence[torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() == thread:
+            check(roots)
+        return run_backward(roots, *args, **kwargs)
+
+    torch.autograd._engine_run_backward = checked  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.autograd._engine_run_backward = run_backward  # type: ignore[attr-defined]
 
 
 def queue_backward_callback(callback: Callable[[], None]) -> None:

@@ -118,6 +118,7 @@ def compile_graph(
             _refuse_hidden_autograd(gm)
             return _compile(gm, inputs, _Pass(None, state), state.options, mode)
         _refuse_splits(frame)
+        _refuse_uncompiled_caller(frame)
         try:
             roles = assign_roles(gm.graph, frame, state.options.in_dims)
         except PrivacyError as error:
@@ -154,6 +155,7 @@ def _compile_training(
         scalars=count + 2,
         loss_reduction=state.options.loss_reduction,
         strategy=state.options.strategy,
+        loss_outside=state.options.loss_outside,
     )
     extended, extra = _append_state(gm, roles)
     joint_pass = _Pass(request, state)
@@ -237,6 +239,17 @@ def _refuse_splits(frame: _torch.Frame) -> None:
             "DistributedDataParallel averages gradients before they are clipped, and splits the "
             "graph. Compile the module inside DistributedDataParallel's place: pass the bare "
             "module to the step."
+        )
+
+
+def _refuse_uncompiled_caller(frame: _torch.Frame) -> None:
+    caller = _torch.uncompiled_caller()
+    if caller is not None:
+        raise PrivacyError(
+            f"{frame.name} is called by {caller}, which Dynamo leaves to run without the "
+            "compiler: what is done with the samples and the loss there is not seen. Dynamo does "
+            "so where a graph break, such as backward(), stands in a loop, a with or a try block. "
+            "Compile what is inside it instead."
         )
 
 

@@ -18,6 +18,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "loss_reduction": ("mean", "sum"),
     "strategy": ("auto", "materialize", "ghost"),
     "lowering": ("inductor", "eager"),
+    "loss_outside": (False, True),
 }
 
 
@@ -31,6 +32,9 @@ class Options:
         expected_batch_size: E, the mean size of a logical batch (sampling rate × data set size).
             Divides the noisy sum when ``loss_reduction="mean"``.
         loss_reduction: how the loss reduces over samples.
+        loss_outside: a promise about what is not seen, where the compiled function is the model
+            alone: the loss outside is computed for each sample from the sample's own outputs,
+            and reduced over samples as ``loss_reduction`` says.
         in_dims: where the batch axis of each argument is, in vmap's convention: an int for all,
             or a tuple by position or a dict by argument name, of ints, None (not a batch
             argument) and nested containers. None means dim 0 of every tensor argument.
@@ -43,6 +47,7 @@ class Options:
     noise_multiplier: float
     expected_batch_size: float | None = None
     loss_reduction: LossReduction = "mean"
+    loss_outside: bool = False
     in_dims: Any = None
     strategy: Strategy = "auto"
     seed: int | None = None

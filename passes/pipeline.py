@@ -37,6 +37,7 @@ class Request:
             the norms out; int64 (seed, release); float32 (C, σC, 1/E).
         loss_reduction: "mean" or "sum".
         strategy: "auto", "materialize" or "ghost".
+        loss_outside: whether outputs with a batch axis may get gradients from outside.
     """
 
     parameters: dict[int, str]
@@ -48,6 +49,7 @@ class Request:
     scalars: int
     loss_reduction: str = "mean"
     strategy: str = "auto"
+    loss_outside: bool = False
 
 
 @dataclass
@@ -103,7 +105,7 @@ def _rewrite(joint: JointGraph, request: Request) -> Plan:
         analysis = _analyze(joint, request)
     refuse_effects(joint.graph, analysis.values)
     refuse_state_writes(joint, analysis.values, request)
-    losses, zeros = _scalar_tangents(joint, analysis)
+    losses, zeros = _checked_tangents(joint, analysis, request)
 
     context = Context(emit, analysis, batch)
     gradients = find_gradient_sites(joint, analysis, context, _private_gradients(joint, request))
@@ -145,19 +147,29 @@ def _seeds(joint: JointGraph, request: Request) -> dict[fx.Node, Value]:
     return seeds
 
 
-def _scalar_tangents(joint: JointGraph, analysis: Analysis) -> tuple[list[fx.Node], list[fx.Node]]:
-    """Split the tangents that are checked at run time: scalar losses, and mixed outputs."""
+def _checked_tangents(
+    joint: JointGraph, analysis: Analysis, request: Request
+) -> tuple[list[fx.Node], list[fx.Node]]:
+    """Split the tangents that are checked at run time: scalar losses, and all other outputs."""
     losses: list[fx.Node] = []
-    zeros: list[fx.Node] = []
+    others: list[fx.Node] = []
     for tangent, output in joint.tangents.items():
-        value = analysis[output]
-        if isinstance(value, Batched) or not tangent.users:
+        outside = request.loss_outside and isinstance(analysis[output], Batched)
+        if outside or not tangent.users:
             continue
         # A loss's tangent is 1 (or 0 when it is not differentiated): a factor from outside could
         # depend on the samples.
         one_number = all(size_expr(size) == 1 for size in tangent.meta["val"].shape)
-        (losses if one_number else zeros).append(tangent)
-    return losses, zeros
+        (losses if one_number else others).append(tangent)
+    if others and not losses:
+        shapes = [list(joint.tangents[tangent].meta["val"].shape) for tangent in others]
+        raise PrivacyError(
+            f"The compiled function returns no loss, only outputs of shape "
+            f"{', '.join(map(str, shapes))}: what a loss outside does with the samples is not "
+            "seen. Compile the loss too; or promise, with the option loss_outside=True, that it "
+            "is computed for each sample by itself and then reduced as loss_reduction says."
+        )
+    return losses, others
 
 
 def _private_gradients(joint: JointGraph, request: Request) -> dict[int, str]:

@@ -20,6 +20,7 @@ OPTIONS = {
     "expected_batch_size": EXPECTED_BATCH_SIZE,
     "lowering": "eager",
 }
+ALONE = OPTIONS | {"loss_outside": True}
 MODES = ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
 
@@ -59,7 +60,7 @@ MODULES = [Wrapped, *([mlp] if torch.__version__ >= "2.15" else [])]
 def test_the_model_alone(make):
     """The loss outside reduces over the samples as ``loss_reduction`` says."""
     model, (x, y) = make(), xy()
-    compiled = torch.compile(model, backend="flashnorm", options=OPTIONS)
+    compiled = torch.compile(model, backend="flashnorm", options=ALONE)
     F.cross_entropy(compiled(x), y).backward()
     check(model, x, y)
 
@@ -68,9 +69,18 @@ def test_the_model_alone(make):
 def test_a_module_compiled_in_place(make):
     model, (x, y) = make(), xy()
     expected = clip(model_oracle(model, cross_entropy, (x, y)), C, "mean")
-    model.compile(backend="flashnorm", options=OPTIONS)
+    model.compile(backend="flashnorm", options=ALONE)
     F.cross_entropy(model(x), y).backward()
     assert_matches_oracle(expected, norms=None, factors=None, grads=gradients_of(model))
+
+
+def test_the_model_alone_needs_a_promise_about_the_loss():
+    """The loss outside may compare the samples; nobody sees it."""
+    model, (x, y) = mlp(), xy()
+    compiled = torch.compile(model, backend="flashnorm", options=OPTIONS)
+    with pytest.raises(fn.PrivacyError, match=r"returns no loss, only outputs of shape \[4, 3\]"):
+        F.cross_entropy(compiled(x), y).backward()
+    assert not any(gradients_of(model).values())
 
 
 @pytest.mark.skipif(mlp in MODULES, reason="torch compiles its own modules in place")
