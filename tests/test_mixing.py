@@ -317,6 +317,68 @@ def gradient_divided_by_itself(model, x, y):
     return F.cross_entropy(x @ NotLinear.apply(model.weight, "quotient"), y)
 
 
+class Table(nn.Module):
+    def __init__(self, *shape):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(shape))
+
+
+def by_sample(x):
+    """Rows (sample, time)."""
+    return x.flatten(0, 1)
+
+
+def by_time(x):
+    """Rows (time, sample)."""
+    return x.transpose(0, 1).flatten(0, 1)
+
+
+def two_sequences():
+    return torch.randn(4, 8, 5), torch.randn(4, 8, 2)
+
+
+def tokens_and_rows():
+    return torch.randint(5, (4, 8)), torch.randn(4, 8, 2)
+
+
+@mixing("aten.mm.default pairs different samples", model=lambda: Table(5, 2), batch=two_sequences)
+def product_of_rows_in_different_order(model, x, z):
+    return (model.weight * (by_sample(x).T @ by_time(z))).sum() / x.shape[0]
+
+
+@mixing("aten.bmm.default pairs different samples", model=lambda: Table(3, 5, 2),
+        batch=two_sequences)
+def batched_product_of_rows_in_different_order(model, x, z):
+    left, right = by_sample(x).T.expand(3, -1, -1), by_time(z).expand(3, -1, -1)
+    return (model.weight * torch.bmm(left, right)).sum() / x.shape[0]
+
+
+@mixing("aten.mm.default contracts the batch axis", model=lambda: Table(4, 4),
+        batch=lambda: (torch.randn(4, 4),))
+def product_of_a_square_batch_with_itself(model, x):
+    return (model.weight * (x @ x)).sum() / x.shape[0]
+
+
+@mixing("pairs different samples", model=lambda: Table(5), batch=two_sequences)
+def matrix_times_vector_in_different_order(model, x, z):
+    return (model.weight * torch.mv(by_sample(x).T, by_time(z)[:, 0])).sum() / x.shape[0]
+
+
+@mixing("aten.index_put.default pairs different samples", model=lambda: Table(5, 2),
+        batch=tokens_and_rows)
+def rows_scattered_by_tokens_in_different_order(model, tokens, z):
+    table = torch.zeros(5, 2).index_put((by_sample(tokens),), by_time(z), accumulate=True)
+    return (model.weight * table).sum() / z.shape[0]
+
+
+@mixing("aten.scatter_add.default pairs different samples", model=lambda: Table(5, 2),
+        batch=tokens_and_rows)
+def entries_scattered_by_tokens_in_different_order(model, tokens, z):
+    index = by_sample(tokens).unsqueeze(1).expand(-1, 2)
+    table = torch.zeros(5, 2).scatter_add(0, index, by_time(z))
+    return (model.weight * table).sum() / z.shape[0]
+
+
 class MemoryBank(nn.Module):
     def __init__(self):
         super().__init__()

@@ -20,18 +20,22 @@ def einsum(call: Call, operands: list[tuple[Any, str]], out: str) -> Constant | 
         operands: Each operand with a letter per dim.
         out: A letter per dim of the output; letters not in it are summed over.
     """
+    dims = out + "".join(dict.fromkeys(c for _, letters in operands for c in letters))
     placed: list[Constant | Batched | Mixed] = []
     for node, letters in operands:
         value = call.value(node)
         if isinstance(value, Batched):
-            letter = letters[value.dim]
-            if letter not in out:
-                return call.mixed(CONTRACTS)
-            value = value.at(out.index(letter))
+            value = value.at(dims.index(letters[value.dim]))
         placed.append(value)
-    if len({value.dim for value in placed if isinstance(value, Batched)}) > 1:
-        return call.mixed(COMPARES)
-    return call.join(placed)
+    found = {value.dim for value in placed if isinstance(value, Batched)}
+    contracted = any(dim >= len(out) for dim in found)
+    if len(found) > 1:
+        return call.mixed(CONTRACTS if contracted else COMPARES)
+    # Operands whose merged dims lie in different orders do not join, contracted or not.
+    axis = call.join(placed)
+    if contracted and isinstance(axis, Batched):
+        return call.mixed(CONTRACTS)
+    return axis
 
 
 @rule("aten.mm", "aten._int_mm", batched=None)

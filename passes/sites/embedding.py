@@ -66,6 +66,8 @@ class EmbeddingSite(Site):
         scatter = _read(node)
         if scatter is None or node.meta["val"].ndim != 2:
             return None
+        if scatter.tokens.meta["val"].dtype in (torch.bool, torch.uint8):
+            return None
         gradients = context.analysis[scatter.gradients]
         tokens = context.analysis[scatter.tokens]
         dims = scatter.gradients.meta["val"].ndim - 1

@@ -15,10 +15,10 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from flashnorm_compile.passes.batch_axis.values import Batched
 from flashnorm_compile.passes.emit import half_matmul
 from flashnorm_compile.passes.layout import SampleAxis, masked_scale
 from flashnorm_compile.passes.sites.base import Context, Cost, Site, hint, later
+from flashnorm_compile.passes.sites.generic import contracted_axis
 
 aten = torch.ops.aten
 _OPERATIONS = {aten.mm.default, aten.bmm.default}
@@ -32,23 +32,17 @@ class MatmulSite(Site):
     def __init__(self, node: fx.Node, context: Context) -> None:
         super().__init__(node, context)
         self.left, self.right = node.args[0], node.args[1]
-        left_value, right_value = context.analysis[self.left], context.analysis[self.right]
         ndim = node.meta["val"].ndim
-        value = left_value if isinstance(left_value, Batched) else right_value
-        self.left_axis = SampleAxis.of(Batched(ndim - 1, value.outer, value.inner))
-        self.right_axis = SampleAxis.of(Batched(ndim - 2, value.outer, value.inner))
+        axis = contracted_axis(node, context)
+        assert axis is not None
+        self.left_axis = SampleAxis.of(axis.at(ndim - 1))
+        self.right_axis = SampleAxis.of(axis.at(ndim - 2))
 
     @classmethod
     def match(cls, node: fx.Node, context: Context) -> MatmulSite | None:
         """Recognise the site."""
-        if node.target not in _OPERATIONS:
+        if node.target not in _OPERATIONS or contracted_axis(node, context) is None:
             return None
-        ndim = node.meta["val"].ndim
-        wanted = {node.args[0]: ndim - 1, node.args[1]: ndim - 2}
-        for operand, dim in wanted.items():
-            value = context.analysis[operand]
-            if isinstance(value, Batched) and value.dim != dim:
-                return None
         return cls(node, context)
 
     def per_sample(self) -> fx.Node:
