@@ -24,6 +24,8 @@ from torch._functorch import config as functorch_config
 from torch._functorch._aot_autograd import descriptors
 from torch._guards import detect_fake_mode
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._sympy.functions import FloorDiv
 
 __all__ = ["CustomGraphPass", "descriptors", "detect_fake_mode"]
@@ -85,8 +87,10 @@ class InputSource:
     Attributes:
         expression: Dynamo's name for it, such as ``L['batch']['x']``.
         root: the local or global variable it is reached from.
-        path: keys, indices and attribute names from the root.
-        in_module: whether the path goes through an ``nn.Module``.
+        path: keys, indices and attribute names from the root, as the user writes them: without
+            the dicts in which a module keeps its parameters, buffers and submodules.
+        module_depth: how much of the path leads to the last ``nn.Module`` on it, or None.
+        is_registered: whether it is a parameter or buffer registered in that module.
         is_gradient: whether it is the ``.grad`` of a tensor.
         is_number: whether it is a Python number that Dynamo passes as a tensor.
     """
@@ -94,9 +98,15 @@ class InputSource:
     expression: str
     root: str | None
     path: tuple[Any, ...]
-    in_module: bool
+    module_depth: int | None
+    is_registered: bool
     is_gradient: bool
     is_number: bool
+
+    @property
+    def in_module(self) -> bool:
+        """Whether the path goes through an ``nn.Module``."""
+        return self.module_depth is not None
 
 
 def input_source(placeholder: fx.Node) -> InputSource | None:
@@ -104,26 +114,60 @@ def input_source(placeholder: fx.Node) -> InputSource | None:
     source = getattr(placeholder, "_dynamo_source", None)
     if source is None:
         return None
-    chain = []
+    grapharg = placeholder.meta.get("grapharg")
+    as_tensor = bool(grapharg is not None and grapharg.pass_arg_as_tensor)
+    return _describe(source, as_tensor)
+
+
+_REGISTRIES = ("_parameters", "_buffers", "_modules")
+
+
+def _describe(source: Any, as_tensor: bool) -> InputSource:
+    chain: list[Any] = []
     link = source
     while link is not None:
-        chain.append(link)
+        chain.insert(0, link)
         link = getattr(link, "base", None)
     kinds = [type(link).__name__ for link in chain]
-    grapharg = placeholder.meta.get("grapharg")
-    path = []
-    for link in reversed(chain[:-1]):
-        for attribute in ("index", "member"):
-            if hasattr(link, attribute):
-                path.append(getattr(link, attribute))
+    path: list[Any] = []
+    module_depth = None
+    for kind, link in zip(kinds[1:], chain[1:], strict=True):
+        keys = (
+            getattr(link, each) for each in ("index", "member", "idx_key") if hasattr(link, each)
+        )
+        path += [key for key in keys if key not in _REGISTRIES]
+        if "Module" in kind or "ParamBuffer" in kind:
+            module_depth = len(path)
+    # A module's registry, and one key into it.
+    registered = kinds[-2:-1] == ["UnspecializedParamBufferSource"] and "GetItem" in kinds[-1]
+    # An array is an input as a tensor too, under a source that converts it.
+    is_array = kinds[-1] == "NumpyTensorSource"
+    named = chain[-2] if is_array else source
     return InputSource(
-        expression=source.name() if callable(source.name) else source.name,
-        root=getattr(chain[-1], "local_name", None) or getattr(chain[-1], "global_name", None),
+        expression=named.name() if callable(named.name) else named.name,
+        root=getattr(chain[0], "local_name", None) or getattr(chain[0], "global_name", None),
         path=tuple(path),
-        in_module=any("Module" in kind or "ParamBuffer" in kind for kind in kinds),
+        module_depth=module_depth,
+        is_registered=registered,
         is_gradient="GradSource" in kinds,
-        is_number=bool(grapharg is not None and grapharg.pass_arg_as_tensor),
+        is_number=as_tensor and "NumpyTensorSource" not in kinds,
     )
+
+
+def example_argument(placeholder: fx.Node) -> Any:
+    """Return the value with which Dynamo was called for a placeholder, or None if it is gone."""
+    held = getattr(placeholder.meta.get("grapharg"), "_example", None)
+    return held() if callable(held) else held
+
+
+def stored_tensors(value: Any) -> list[torch.Tensor]:
+    """Return the tensors that hold a tensor's memory: itself, or what a subclass wraps."""
+    if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor):
+        return []
+    if is_traceable_wrapper_subclass(value):
+        inner, _ = value.__tensor_flatten__()
+        return [each for name in inner for each in stored_tensors(getattr(value, name))]
+    return [value] if value.layout is torch.strided else []
 
 
 # --- Dynamo: the frame being compiled
@@ -167,6 +211,7 @@ class Frame:
         arguments: its argument names in order, with the names of ``*args`` and ``**kwargs``.
         positional: its positional argument names, without ``self`` of a module.
         resumed: whether the frame continues the function after a graph break.
+        values: the arguments' values, as far as the frame still has them.
         rebound: arguments that the function assigns to.
         earlier_breaks: the breaks before the point where the frame continues.
         end: the break that ends the graph, or None when the function returns.
@@ -176,6 +221,7 @@ class Frame:
     arguments: tuple[str, ...]
     positional: tuple[str, ...]
     resumed: bool
+    values: Mapping[str, Any]
     rebound: frozenset[str]
     earlier_breaks: tuple[GraphBreak, ...]
     end: GraphBreak | None
@@ -214,6 +260,9 @@ def current_frame(gm: fx.GraphModule) -> Frame:
         arguments=arguments,
         positional=positional,
         resumed=metadata is not None,
+        values={
+            name: translator.f_locals[name] for name in arguments if name in translator.f_locals
+        },
         rebound=frozenset(
             instruction.argval
             for instruction in dis.get_instructions(original)

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from flashnorm_compile import _torch
+from flashnorm_compile.aliases import checked_each_call
 from flashnorm_compile.empty_batch import EmptyBatchGraph
 from flashnorm_compile.errors import PrivacyError
 from flashnorm_compile.optimizers import guard_optimizers
@@ -124,7 +125,8 @@ def compile_graph(
         except PrivacyError as error:
             raise _with_break(error) from error
         _refuse_module_writes(gm, roles)
-        return _compile_training(gm, inputs, roles, state, mode)
+        compiled = _compile_training(gm, inputs, roles, state, mode)
+        return checked_each_call(*roles.positions(), compiled)
     except PrivacyError as error:
         return refusal(error)
 

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from numbers import Number
 from typing import Any
 
 import torch
 from torch import fx
 
-from flashnorm_compile._torch import Frame, InputSource, input_source, size_expr
+from flashnorm_compile._torch import (
+    Frame,
+    InputSource,
+    example_argument,
+    input_source,
+    size_expr,
+)
+from flashnorm_compile.aliases import leaves, refuse_shared_memory
 from flashnorm_compile.errors import PrivacyError
+from flashnorm_compile.in_dims import (
+    declaration,
+    dims_by_name,
+    follow,
+    names_attribute,
+    refuse_unknown_names,
+)
 
 
 class Role(Enum):
@@ -41,6 +56,11 @@ class Input:
     requires_grad: bool = False
     batch_dim: int | None = None
 
+    @property
+    def is_constant(self) -> bool:
+        """Whether the input is no batch input, and is not trained either."""
+        return self.role is not Role.BATCH and not self.requires_grad
+
 
 @dataclass(frozen=True)
 class Roles:
@@ -53,6 +73,12 @@ class Roles:
     def batch_input(self) -> Input:
         """The first batch input: the actual batch size is read off it."""
         return next(each for each in self.inputs if each.role is Role.BATCH)
+
+    def positions(self) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+        """Return names and positions of the batch inputs, and of what counts as a constant."""
+        samples = [(each.name, each.index) for each in self.inputs if each.role is Role.BATCH]
+        constants = [(each.name, each.index) for each in self.inputs if each.is_constant]
+        return samples, constants
 
 
 def assign_roles(graph: fx.Graph, frame: Frame, in_dims: Any) -> Roles:
@@ -67,7 +93,16 @@ def assign_roles(graph: fx.Graph, frame: Frame, in_dims: Any) -> Roles:
         for index, node in enumerate(graph.find_nodes(op="placeholder"))
     )
     placeholders = graph.find_nodes(op="placeholder")
-    _refuse_unknown_names(dims_by_name(in_dims, frame), placeholders, frame)
+    sources = [source for node in placeholders if (source := input_source(node)) is not None]
+    refuse_unknown_names(dims_by_name(in_dims, frame), [each.root for each in sources], frame)
+    refuse_shared_memory(
+        list(_arguments_with_samples(frame, in_dims)),
+        [
+            (each.name, example_argument(placeholders[each.index]))
+            for each in inputs
+            if each.is_constant
+        ],
+    )
     sizes = {
         each.name: placeholders[each.index].meta["example_value"].shape[each.batch_dim]
         for each in inputs
@@ -84,10 +119,16 @@ def assign_roles(graph: fx.Graph, frame: Frame, in_dims: Any) -> Roles:
     for name, size in sizes.items():
         # Two symbols become one here, by a guard: other sizes compile another graph.
         if size_expr(size) != size_expr(batch_size) and not bool(size == batch_size):
+            declared = {
+                each.name: declaration(input_source(placeholders[each.index]))
+                for each in inputs
+                if each.name in (first, name)
+            }
             raise PrivacyError(
                 f"The batch inputs disagree on the batch size: {first} has {batch_size} samples, "
-                f"{name} has {size}. If one of them is no batch input, say so with in_dims, for "
-                f"example in_dims={{{name.split('[')[0].split('.')[0]!r}: None}}."
+                f"{name} has {size}. If one of them is no batch input, say so of that one alone: "
+                f"{declared[first]} if {first} holds no samples, {declared[name]} if {name} holds "
+                "none."
             )
     return Roles(inputs, batch_size)
 
@@ -95,15 +136,23 @@ def assign_roles(graph: fx.Graph, frame: Frame, in_dims: Any) -> Roles:
 def _assign(index: int, node: fx.Node, frame: Frame, in_dims: Any) -> Input:
     example = node.meta["example_value"]
     source = input_source(node)
-    if not isinstance(example, torch.Tensor) or source is None or source.is_number:
+    if isinstance(example, (Number, torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return Input(index, node.name, Role.CONSTANT)
+    if source is None or not isinstance(example, torch.Tensor):
+        raise PrivacyError(
+            f"The graph of {frame.name} has an input, {node.name}, of which it is not known "
+            f"whether it holds samples ({type(example).__name__}). Pass tensors as arguments of "
+            "the compiled function."
+        )
+    if source.is_number:
         return Input(index, node.name, Role.CONSTANT)
     name = _user_name(source)
     requires_grad = example.requires_grad
-    if isinstance(example, torch.nn.Parameter):
-        return Input(index, name, Role.PARAMETER, requires_grad)
-    if source.in_module:
+    if source.is_registered:
         role = Role.PARAMETER if requires_grad else Role.BUFFER
         return Input(index, name, role, requires_grad)
+    if isinstance(example, torch.nn.Parameter) and requires_grad:
+        return Input(index, name, Role.PARAMETER, requires_grad)
     dim = _batch_dim(source, frame, in_dims, name, example)
     if dim is None:
         role = Role.PARAMETER if requires_grad else Role.CONSTANT
@@ -111,8 +160,8 @@ def _assign(index: int, node: fx.Node, frame: Frame, in_dims: Any) -> Input:
     if requires_grad:
         raise PrivacyError(
             f"{name} is a batch input that requires a gradient: its gradient would reach "
-            f"{name}.grad sample by sample, unclipped. Pass {name}.detach(), or in_dims="
-            f"{{{source.root!r}: None}} if it is a parameter."
+            f"{name}.grad sample by sample, unclipped. Pass {name}.detach(), or "
+            f"{declaration(source)} if it is a parameter."
         )
     return Input(index, name, Role.BATCH, batch_dim=dim)
 
@@ -121,6 +170,8 @@ def _batch_dim(
     source: InputSource, frame: Frame, in_dims: Any, name: str, example: torch.Tensor
 ) -> int | None:
     named = dims_by_name(in_dims, frame)
+    if source.in_module and not names_attribute(named, source):
+        raise PrivacyError(_not_registered(source, name))
     if source.root is None or source.root not in frame.arguments:
         if isinstance(named, Mapping) and source.root in named:
             spec = named[source.root]
@@ -134,15 +185,30 @@ def _batch_dim(
                 "after the break, or give the result a call of its own."
             )
         spec = named.get(source.root, 0) if isinstance(named, Mapping) else named
-    dim = _walk(spec, source.path, name)
+    dim = follow(spec, source.path, name)
     if dim is None:
         return None
     if not -example.ndim <= dim < example.ndim:
         raise PrivacyError(
             f"{name} has {example.ndim} dims and no dim {dim} for the batch. If it is the same "
-            f"for all samples, say so with in_dims={{{source.root!r}: None}}."
+            f"for all samples, whatever they are, say so with {declaration(source)}."
         )
     return dim % example.ndim
+
+
+def _arguments_with_samples(frame: Frame, in_dims: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Find the tensors among the arguments that hold samples, used in the graph or not.
+
+    Dynamo makes one input of a tensor that it meets twice, under the name it met first.
+    """
+    named = dims_by_name(in_dims, frame)
+    for root, value in frame.values.items():
+        spec = named.get(root, 0) if isinstance(named, Mapping) else named
+        for path, tensor in leaves(value):
+            name = root + "".join(f"[{key!r}]" for key in path)
+            if tensor.requires_grad or follow(spec, path, name) is None:
+                continue
+            yield name, tensor
 
 
 def _unify_sizes(batch_inputs: list[fx.Node]) -> None:
@@ -160,55 +226,20 @@ def _unify_sizes(batch_inputs: list[fx.Node]) -> None:
                     bool(size == other)
 
 
-def _refuse_unknown_names(named: Any, placeholders: list[fx.Node], frame: Frame) -> None:
-    if not isinstance(named, Mapping):
-        return
-    sources = [source for node in placeholders if (source := input_source(node)) is not None]
-    known = {*frame.arguments, *(source.root for source in sources)}
-    unknown = [name for name in named if name not in known]
-    if unknown:
-        raise PrivacyError(
-            f"in_dims names {', '.join(map(repr, unknown))}, but {frame.name} has no such "
-            f"argument; it has {', '.join(frame.arguments)}."
-        )
-
-
-def dims_by_name(in_dims: Any, frame: Frame) -> Any:
-    """Turn in_dims given by position into a mapping from argument name to spec."""
-    if in_dims is None:
-        return 0
-    if isinstance(in_dims, (tuple, list)):
-        if len(in_dims) > len(frame.positional):
-            raise PrivacyError(
-                f"in_dims has {len(in_dims)} entries, but {frame.name} takes "
-                f"{len(frame.positional)} positional arguments: {', '.join(frame.positional)}."
-            )
-        return dict(zip(frame.positional, in_dims, strict=False))
-    return in_dims
-
-
-def _walk(spec: Any, path: tuple[Any, ...], name: str) -> int | None:
-    """Follow a path into nested in_dims; an int or None covers all that lies below it."""
-    for key in path:
-        if spec is None or isinstance(spec, int):
-            break
-        if isinstance(spec, Mapping):
-            spec = spec.get(key, 0)
-        elif isinstance(spec, (tuple, list)) and isinstance(key, int) and key < len(spec):
-            spec = spec[key]
-        else:
-            raise PrivacyError(f"in_dims does not say where the batch axis of {name} is: {spec!r}.")
-    if spec is None or (isinstance(spec, int) and not isinstance(spec, bool)):
-        return spec
-    raise PrivacyError(
-        f"in_dims gives {spec!r} for {name}, which is a tensor; it takes an int or None."
+def _not_registered(source: InputSource, name: str) -> str:
+    attribute = source.path[source.module_depth] if source.path[source.module_depth :] else name
+    return (
+        f"{name} is a tensor that the module holds as a plain attribute, so it is not known "
+        f"whether it holds samples. If it holds none, register it where it is made, "
+        f"self.register_buffer({attribute!r}, tensor, persistent=False), or say so with "
+        f"{declaration(source)}; pass samples as an argument."
     )
 
 
 def _not_an_argument(source: InputSource, frame: Frame, name: str) -> str:
     remedy = (
-        f"Pass it as an argument, or say what it is with in_dims={{{source.root or name!r}: None}} "
-        "(the same for every sample) or the dim of its batch axis."
+        f"Pass it as an argument, or say what it is with {declaration(source)} "
+        "(the same for every sample, whatever they are) or the dim of its batch axis."
     )
     if source.is_gradient:
         return f"{name} is read in {frame.name}: gradients may not flow back into the loss."

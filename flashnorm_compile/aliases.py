@@ -1,0 +1,84 @@
+"""Refuses samples that also reach a step as a constant: one memory under two names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from flashnorm_compile._torch import stored_tensors
+from flashnorm_compile.errors import PrivacyError
+
+
+def refuse_shared_memory(
+    samples: Sequence[tuple[str, Any]], constants: Sequence[tuple[str, Any]]
+) -> None:
+    """Refuse samples and constants that overlap in memory, each given by name and tensor.
+
+    Raises:
+        PrivacyError: naming the two.
+    """
+    taken = [(name, *span) for name, value in samples for span in _spans(value)]
+    if not taken:
+        return
+    for constant, value in constants:
+        for start, end in _spans(value):
+            for sample, first, last in taken:
+                if start < last and first < end:
+                    raise PrivacyError(
+                        f"{sample} shares its memory with {constant}, which counts as the same "
+                        f"for every sample: what {constant} brings into the loss would not be "
+                        f"protected. If {sample} holds samples, keep them out of {constant}, or "
+                        f"pass {sample}.clone() if {constant} holds none."
+                    )
+
+
+def checked_each_call(
+    samples: Sequence[tuple[str, int]],
+    constants: Sequence[tuple[str, int]],
+    compiled: Callable[..., Any],
+) -> Callable[..., Any]:
+    """Call ``refuse_shared_memory`` on a graph's arguments before each call.
+
+    Dynamo's guards see tensors that are one object, not those that share memory.
+
+    Args:
+        samples: names and positions of the batch inputs.
+        constants: names and positions of the inputs that are free of samples.
+        compiled: the graph.
+    """
+
+    def run(*args: Any) -> Any:
+        refuse_shared_memory(
+            [(name, args[index]) for name, index in samples],
+            [(name, args[index]) for name, index in constants],
+        )
+        return compiled(*args)
+
+    return run
+
+
+def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Walk the tensors and arrays in nested dicts, lists and tuples: (path, tensor)."""
+    if isinstance(value, torch.Tensor):
+        yield path, value
+        return
+    if getattr(getattr(value, "dtype", None), "kind", "") in tuple("biufc"):
+        yield path, torch.as_tensor(value)
+        return
+    children: Any = ()
+    if isinstance(value, Mapping):
+        children = value.items()
+    elif isinstance(value, (list, tuple)):
+        children = enumerate(value)
+    for key, child in children:
+        yield from leaves(child, (*path, key))
+
+
+def _spans(value: Any) -> Iterator[tuple[int, int]]:
+    for tensor in stored_tensors(value):
+        storage = tensor.untyped_storage()
+        start = storage.data_ptr()
+        if start and storage.nbytes():
+            yield start, start + storage.nbytes()
