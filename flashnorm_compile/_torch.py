@@ -19,16 +19,17 @@ import torch
 from torch import fx
 from torch._dynamo import config as dynamo_config
 from torch._dynamo import trace_rules
-from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch._dynamo.exc import FailOnRecompileLimitHit, TensorifyScalarRestartAnalysis
 from torch._functorch import config as functorch_config
 from torch._functorch._aot_autograd import descriptors
-from torch._guards import detect_fake_mode
+from torch._functorch.eager_transforms import _autograd_grad as functional_grad
+from torch._guards import TracingContext, detect_fake_mode
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils._sympy.functions import FloorDiv
+from torch.utils._sympy.functions import FloatTrueDiv, FloorDiv, IntTrueDiv, ToFloat
 
-__all__ = ["CustomGraphPass", "descriptors", "detect_fake_mode"]
+__all__ = ["CustomGraphPass", "descriptors", "detect_fake_mode", "functional_grad"]
 
 # --- sizes
 
@@ -271,6 +272,14 @@ def current_frame(gm: fx.GraphModule) -> Frame:
         earlier_breaks=earlier,
         end=_graph_break(reason) if reason is not None and reason.graph_break else None,
     )
+
+
+def in_optimizer() -> bool:
+    """Return whether the frame being compiled is torch's own code of an optimizer."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    code: CodeType = InstructionTranslator.current_tx().f_code
+    return os.path.dirname(code.co_filename) == os.path.dirname(torch.optim.__file__)
 
 
 def uncompiled_caller() -> str | None:
@@ -583,10 +592,17 @@ def compile_without_codegen(
 
         return make_boxed_func(graph_module.forward)
 
+    def run_without_gradients(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+        joint_pass(graph_module.graph)
+        graph_module.recompile()
+        return run_as_is(graph_module, example_inputs)
+
     compiler = aot_autograd(
         fw_compiler=run_as_is,
+        inference_compiler=run_without_gradients,
         partition_fn=partition,
         decompositions=dict(decompositions()),
+        keep_inference_input_mutations=True,
     )
     with _without_autograd_cache():
         return compiler(gm, list(inputs))
@@ -609,7 +625,8 @@ def before_backward(check: Callable[[Sequence[torch.Tensor]], None]) -> Iterator
 
     @torch.compiler.disable
     def checked(roots: Sequence[torch.Tensor], *args: Any, **kwargs: Any) -> Any:
-        if threading.get_ident() == thread:
+        # The compiler differentiates what it traces; nothing is computed then.
+        if threading.get_ident() == thread and TracingContext.try_get() is None:
             check(roots)
         return run_backward(roots, *args, **kwargs)
 
