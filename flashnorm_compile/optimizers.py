@@ -11,7 +11,8 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from flashnorm_compile.errors import PrivacyError
-from flashnorm_compile.runtime import StepState, came_from_us, releases_in
+from flashnorm_compile.released import came_from_us, releases_in
+from flashnorm_compile.state import StepState
 
 _running: list[StepState] = []
 
@@ -33,7 +34,33 @@ def guard_optimizers() -> None:
 
 
 @torch.compiler.disable
-def _check_optimizer(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+def _check_optimizer(
+    optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Check the gradients before a step, and again after each run of its closure."""
+    _check_gradients(optimizer)
+    return (
+        (args[0], *(_checked(optimizer, value) for value in args[1:])),
+        {name: _checked(optimizer, value) for name, value in kwargs.items()},
+    )
+
+
+def _checked(optimizer: torch.optim.Optimizer, value: Any) -> Any:
+    """Return a closure that checks the gradients it leaves; anything else as it is."""
+    if not callable(value):
+        return value
+
+    @torch.compiler.disable(recursive=False)
+    @functools.wraps(value)
+    def closure(*args: Any, **kwargs: Any) -> Any:
+        result = value(*args, **kwargs)
+        _check_gradients(optimizer)
+        return result
+
+    return closure
+
+
+def _check_gradients(optimizer: torch.optim.Optimizer) -> None:
     """Refuse to use a gradient that is not private, inside a step or for its parameters."""
     for position, parameter in enumerate(_parameters_of(optimizer)):
         state = StepState.owner(parameter)
@@ -56,9 +83,10 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any)
                 f"{name} has a gradient that did not come out of a private backward, or was "
                 "changed since. All gradients were discarded. Every use of a trained parameter "
                 "belongs into the compiled step; leave .grad alone between backward() and "
-                "optimizer.step()."
+                "optimizer.step(): no clip_grad_norm_, scaling or averaging (the step has clipped "
+                "and averaged), and zero_grad() with set_to_none=True."
             )
-        if releases_in(parameter) != 1:
+        if releases_in(parameter) > 1:
             raise PrivacyError(
                 f"{name}.grad holds {releases_in(parameter)} releases. Call optimizer.zero_grad() "
                 "before each step, or use accumulate() to add up microbatches with one noise."

@@ -18,7 +18,9 @@ from flashnorm_compile.optimizers import discard_gradients, guard_optimizers, ru
 from flashnorm_compile.options import Options
 from flashnorm_compile.passes.pipeline import Report
 from flashnorm_compile.passes.plan import Plan
-from flashnorm_compile.runtime import StepState, came_from_us, mark_private
+from flashnorm_compile.released import came_from_us, mark_private, releases_in
+from flashnorm_compile.roots import refuse_raw_backward
+from flashnorm_compile.state import StepState
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -131,7 +133,11 @@ class PrivateStep(Generic[P, R]):
         if not state.accumulating:
             state.observations.clear()
         try:
-            with _torch.strict_dynamo(), running(state):
+            with (
+                _torch.strict_dynamo(),
+                _torch.before_backward(lambda roots: refuse_raw_backward(roots, state)),
+                running(state),
+            ):
                 result = self._compiled(*args, **kwargs)
         except _torch.RecompileLimitError as error:
             raise PrivacyError(
@@ -223,42 +229,49 @@ class PrivateStep(Generic[P, R]):
         state.observations.clear()
         state.sums.clear()
         state.accumulating = True
+        state.blocks += 1
         try:
             yield
-        except BaseException:
-            state.sums.clear()
-            raise
+            state.accumulating = False
+            self._release_sums()
         finally:
             state.accumulating = False
-        self._release_sums()
+            state.sums.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to continue the noise stream."""
         state = self._state
         return {
-            "seed": state.seed,
-            "releases": state.releases,
+            "seed": state.noise.seed,
+            "releases": state.noise.releases,
             "max_grad_norm": state.max_grad_norm,
             "noise_multiplier": state.noise_multiplier,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue the noise stream of a saved run."""
+        """Continue the noise stream of a saved run.
+
+        To go back to older weights within a process, leave the state of the step as it is.
+
+        Raises:
+            PrivacyError: the state is not a step's, or this process has drawn noise of the stream
+                since it was saved: the noise would be drawn again.
+        """
+        self._refuse_while_accumulating("the state")
         expected = self.state_dict().keys()
         if state_dict.keys() != expected:
             raise PrivacyError(
                 f"The state holds {sorted(state_dict)}, but a step's state holds "
                 f"{sorted(expected)}."
             )
-        self._state.seed = int(state_dict["seed"])
-        self._state.releases = int(state_dict["releases"])
+        self._state.noise.resume(int(state_dict["seed"]), int(state_dict["releases"]))
         self.max_grad_norm = state_dict["max_grad_norm"]
         self.noise_multiplier = state_dict["noise_multiplier"]
 
-    def _record(self) -> None:
+    def _record(self, noise_multiplier: float) -> None:
         if self.accountant is not None and self.sampling_rate is not None:
             self.accountant.record(
-                noise_multiplier=self.noise_multiplier, sampling_rate=self.sampling_rate
+                noise_multiplier=noise_multiplier, sampling_rate=self.sampling_rate
             )
 
     def _release_sums(self) -> None:
@@ -269,22 +282,32 @@ class PrivateStep(Generic[P, R]):
                 "accumulate() ended without a single microbatch, before any step had run, so the "
                 "parameters are not known. Run the step with an empty batch inside it."
             )
-        self._record()
-        for stream, (parameter, name) in enumerate(list(state.parameters.items())):
-            total = state.sums.pop(parameter, None)
-            if total is None:
-                total = torch.zeros_like(parameter, dtype=torch.float32)
-            device = parameter.device
-            if stream == 0:
-                key, scalars = state.next_key(device), state.scalars(device)
-            noisy = add_noise(total, key.to(device), scalars.to(device), stream, parameter.dtype)
+        parameters = [
+            (stream, parameter, name)
+            for stream, (parameter, name) in enumerate(list(state.parameters.items()))
+            if parameter.requires_grad
+        ]
+        state.accept_zeroed()
+        for _, parameter, name in parameters:
             if parameter.grad is not None and not came_from_us(parameter):
                 raise PrivacyError(
                     f"{name}.grad already holds a gradient that is not private. Call "
                     "optimizer.zero_grad() before accumulate()."
                 )
+        settings = state.settings
+        self._record(settings.noise_multiplier)
+        key = state.next_key(torch.device("cpu"))
+        scalars = state.scalars(settings, torch.device("cpu"))
+        devices = {parameter.device for _, parameter, _ in parameters}
+        inputs = {device: (key.to(device), scalars.to(device)) for device in devices}
+        for stream, parameter, _ in parameters:
+            total = state.sums.pop(parameter, None)
+            if total is None:
+                total = torch.zeros_like(parameter, dtype=torch.float32)
+            noisy = add_noise(total, *inputs[parameter.device], stream, parameter.dtype)
+            releases = 1 if parameter.grad is None else 1 + releases_in(parameter)
             parameter.grad = noisy if parameter.grad is None else parameter.grad + noisy
-            mark_private(parameter)
+            mark_private(parameter, releases)
 
     def _refuse_other_gradients(self) -> None:
         """Refuse what reached ``.grad`` behind the compiler's back."""

@@ -17,6 +17,7 @@ from typer.testing import CliRunner, Result
 from flashnorm_compile.accounting import PrivacyAccountant
 from flashnorm_compile.cli import app
 from flashnorm_compile.errors import PrivacyError
+from flashnorm_compile.noise_streams import repeat_noise
 from flashnorm_compile.training.data import load_split
 from flashnorm_compile.training.loop import PrivateRun, StepRecord, accuracy
 from flashnorm_compile.training.models import DigitsNet
@@ -27,7 +28,9 @@ TINY = ["train", "--noise-multiplier", "4", "--batch-size", "480", "--seed", "7"
 
 
 def run(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+    # As in a process of its own: the same seed gives the same noise.
+    with repeat_noise():
+        return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def succeed(*arguments: str | Path) -> Result:

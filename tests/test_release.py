@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import flashnorm_compile as fn
+from flashnorm_compile.noise_streams import repeat_noise
 
 SIGMA, CLIP, EXPECTED = 2.0, 0.5, 4
 
@@ -85,8 +86,10 @@ def test_noise_is_added_to_the_clipped_sum():
 
 
 def test_seed_reproduces_a_run_and_no_seed_does_not():
-    first = noise_of(*make())
-    second = noise_of(*make())
+    with repeat_noise():
+        first = noise_of(*make())
+    with repeat_noise():
+        second = noise_of(*make())
     for name in first:
         torch.testing.assert_close(first[name], second[name], rtol=0, atol=0)
     third = noise_of(*make(seed=None))
@@ -99,7 +102,8 @@ def test_resume_continues_the_stream():
     saved = step.state_dict()
     expected = noise_of(model, step)
     _, resumed = make(seed=None)
-    resumed.load_state_dict(saved)
+    with repeat_noise():
+        resumed.load_state_dict(saved)
     found = noise_of(model, resumed)
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=0, atol=0)
@@ -245,3 +249,82 @@ def test_optimizer_is_guarded_for_the_backend_by_name():
     with pytest.raises(fn.PrivacyError, match="did not come out of a private backward"):
         optimizer.step()
     assert model.weight.grad is None
+
+
+def test_raw_gradient_at_the_address_of_a_released_one_is_refused():
+    model, step = make(nn.Linear(40, 40, bias=False))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    step(model, torch.randn(3, 40))
+    address = model.weight.grad.untyped_storage()
+    version = model.weight.grad._version
+    model.weight.grad = None
+    raw = torch.empty(0).set_(address).view(40, 40)
+    while raw._version < version:
+        raw.add_(1)
+    model.weight.grad = raw
+    assert raw._version == version
+    with pytest.raises(fn.PrivacyError, match="did not come out of a private backward"):
+        optimizer.step()
+
+
+def test_changes_of_a_released_gradient_are_refused_by_name():
+    model, step = make()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step(model, torch.randn(3, 40))
+    nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+    with pytest.raises(fn.PrivacyError, match=r"changed since.*clip_grad_norm_.*set_to_none"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.LBFGS])
+@pytest.mark.parametrize("keyword", [False, True])
+def test_raw_backward_in_a_closure_is_refused(kind, keyword, inside):
+    model, step = make()
+    optimizer, x = kind(model.parameters(), lr=0.1), torch.randn(3, 40)
+    step(model, x)
+    before = [p.detach().clone() for p in model.parameters()]
+
+    def closure():
+        optimizer.zero_grad()
+        loss = 1000 * model(x).square().mean()
+        loss.backward()
+        return loss
+
+    def run(_x):
+        return optimizer.step(closure=closure) if keyword else optimizer.step(closure)
+
+    _, other = make(function=run)
+    with pytest.raises(fn.PrivacyError, match=r"did not come out of a private backward|backward"):
+        other(x) if inside else run(x)
+    for old, new in zip(before, model.parameters(), strict=True):
+        torch.testing.assert_close(old, new.detach(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.LBFGS])
+def test_private_step_in_a_closure_trains(kind):
+    model, step = make(noise_multiplier=0.0)
+    optimizer, x = kind(model.parameters(), lr=0.1), torch.randn(3, 40)
+    before = model[0].weight.detach().clone()
+
+    def closure():
+        optimizer.zero_grad()
+        return step(model, x)
+
+    for _ in range(2):
+        optimizer.step(closure)
+    assert not torch.equal(before, model[0].weight)
+
+
+def test_closure_that_runs_the_first_private_step_is_checked():
+    model, step = make()
+    optimizer, x = torch.optim.SGD(model.parameters(), lr=0.1), torch.randn(3, 40)
+    before = model[0].weight.detach().clone()
+
+    def closure():
+        step(model, x)
+        model(x).square().mean().backward()
+
+    with pytest.raises(fn.PrivacyError, match="did not come out of a private backward"):
+        optimizer.step(closure)
+    torch.testing.assert_close(before, model[0].weight.detach(), rtol=0, atol=0)
