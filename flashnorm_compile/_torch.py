@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import CodeType
-from typing import Any
+from typing import Any, NoReturn
 
 import sympy
 import torch
@@ -39,6 +39,20 @@ def size_expr(size: int | torch.SymInt) -> sympy.Expr:
     if isinstance(size, torch.SymInt):
         return size.node.expr.replace(FloorDiv, _divide)
     return sympy.Integer(size)
+
+
+def number_expr(value: int | float | torch.SymInt | torch.SymFloat | torch.SymBool) -> sympy.Expr:
+    """Return a number computed from sizes as a sympy expression, without adding a guard."""
+    if isinstance(value, torch.SymInt):
+        return size_expr(value)
+    if not isinstance(value, (torch.SymFloat, torch.SymBool)):
+        return sympy.sympify(value)
+    expr = value.node.expr.replace(ToFloat, lambda size: size)
+    return expr.replace(FloatTrueDiv, _quotient).replace(IntTrueDiv, _quotient)
+
+
+def _quotient(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr:
+    return a / b
 
 
 def _divide(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr:
@@ -177,6 +191,33 @@ def stored_tensors(value: Any) -> list[torch.Tensor]:
 @dataclass(frozen=True)
 class GraphBreak:
     """A graph break: why, and where in the user's code."""
+
+# Before torch 2.13 the only mark without an error for a dim that turns out to be fixed; guards
+# look at it, at the new one they do not.
+_MARKS = "_dynamo_propagated_dynamic_indices"
+_OLD_MARKS = "_dynamo_weak_dynamic_indices"
+
+
+def mark_symbolic(placeholder: fx.Node, dim: int) -> bool:
+    """Ask Dynamo for a symbol of its own for one size of a graph input.
+
+    Returns:
+        Whether that is news; if so, tracing must start again.
+    """
+    value = getattr(placeholder.meta.get("grapharg"), "example", None)
+    old = torch.__version__.split(".")[:2] < ["2", "13"]
+    name = _OLD_MARKS if old else _MARKS
+    marked = getattr(value, name, set())
+    if not isinstance(value, torch.Tensor) or dim in marked:
+        return False
+    setattr(value, name, {*marked, dim})
+    return True
+
+
+def trace_again(reason: str) -> NoReturn:
+    """Make Dynamo trace the frame anew, from inside a backend."""
+    raise TensorifyScalarRestartAnalysis(restart_reason=reason)
+
 
     reason: str
     location: str

@@ -7,6 +7,7 @@ sample's own count takes its place.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from flashnorm_compile._torch import size_expr, source_location
 from flashnorm_compile.errors import PrivacyError
 from flashnorm_compile.passes.batch_axis.analysis import Analysis
 from flashnorm_compile.passes.batch_axis.values import Batched, Constant, Mixed
+from flashnorm_compile.passes.batch_size import Scales
 from flashnorm_compile.passes.emit import Emitter
 from flashnorm_compile.passes.joint import JointGraph
 from flashnorm_compile.passes.layout import SampleAxis
@@ -93,6 +95,7 @@ def unreduce_normalisers(
     batch: fx.Node,
     *,
     mean: bool,
+    scales: Scales | None = None,
 ) -> bool:
     """Give each sample its own normaliser in the backward; the returned loss stays as it is.
 
@@ -104,15 +107,17 @@ def unreduce_normalisers(
         batch: a [B] node.
         mean: whether gradients are scaled by B later on; the sample's own count needs no such
             factor, so it is taken out here.
+        scales: how the values of the graph scale with B, where that is known.
 
     Returns:
         Whether anything changed (then the analysis must run again).
     """
     kinds = {term.averages for term in loss_terms(joint, analysis, ancestry) if term.normalised}
-    if len(kinds) > 1:
+    if len(kinds) > 1 and scales is None:
         return False  # sums and means, each by a batch-wide count: refused as mixing
     # A normalised sum is the sample's own loss as it is; a normalised mean still holds 1/B.
-    lifter = _Lifter(analysis, ancestry, emit, batch, correct=mean and kinds != {True})
+    correct = mean and (scales is not None or kinds != {True})
+    lifter = _Lifter(analysis, ancestry, emit, batch, correct=correct, scales=scales)
     for node in list(joint.graph.nodes):
         if lifter.is_count(node):
             lifter.lift_count(node)
@@ -139,12 +144,14 @@ class _Lifter:
         batch: fx.Node,
         *,
         correct: bool,
+        scales: Scales | None,
     ) -> None:
         self.analysis = analysis
         self.ancestry = ancestry
         self.emit = emit
         self.batch = batch
         self.correct = correct
+        self.scales = scales
         self.vectors: dict[fx.Node, fx.Node] = {}
         self.changed = False
 
@@ -224,10 +231,10 @@ class _Lifter:
             return
         arguments = node.all_input_nodes
         vectors = [self.vectors[arg] if arg in lifted else arg for arg in arguments]
-        axis_known, correct = axis, self.correct
+        axis_known = axis
         sample_axis = None if partner is None else SampleAxis.of(self.analysis[partner])
 
-        def code(*values: torch.Tensor) -> torch.Tensor:
+        def code(correct: bool, *values: torch.Tensor) -> torch.Tensor:
             known = dict(zip(arguments, values, strict=True))
 
             def shape(vector: torch.Tensor) -> torch.Tensor:
@@ -246,7 +253,14 @@ class _Lifter:
             kwargs = fx.map_arg(node.kwargs, shaped.__getitem__)
             return node.target(*args, **kwargs)  # type: ignore[operator]
 
-        node.replace_all_uses_with(self.emit(code, *vectors, before=node.next, like=node))
+        def emitted(*, correct: bool) -> fx.Node:
+            given = functools.partial(code, correct)
+            return self.emit(given, *vectors, before=node.next, like=node)
+
+        own = emitted(correct=self.correct and self.scales is None)
+        if self.correct and self.scales is not None and self.scales.is_free(own):
+            own = emitted(correct=True)
+        node.replace_all_uses_with(own)
         self.changed = True
 
     def _axis_among(self, arguments: list[fx.Node]) -> _TrailingAxis | None:
@@ -378,7 +392,8 @@ def check_reduction(
             fits = term.averages == mean or (mean and term.scaled)
         else:
             scaled = sympy.simplify(term.factor * batch) if mean else term.factor
-            fits = batch not in scaled.free_symbols
+            # A number held in a tensor is followed by ``Scales``.
+            fits = batch not in scaled.free_symbols or scaled.has(sympy.Dummy)
         if not fits:
             declared, other = ("mean", "sum") if mean else ("sum", "mean")
             raise PrivacyError(

@@ -11,6 +11,7 @@ from flashnorm_compile._torch import size_expr, source_location
 from flashnorm_compile.errors import PrivacyError
 from flashnorm_compile.passes.batch_axis import Batched, Constant, Mixed, Value, analyze
 from flashnorm_compile.passes.batch_axis.analysis import Analysis
+from flashnorm_compile.passes.batch_size import Scales, check_batch_size
 from flashnorm_compile.passes.effects import refuse_effects
 from flashnorm_compile.passes.emit import Emitter
 from flashnorm_compile.passes.gradient_sites import ParameterGradient, find_gradient_sites
@@ -101,14 +102,19 @@ def _rewrite(joint: JointGraph, request: Request) -> Plan:
     analysis = _analyze(joint, request)
     ancestry = Ancestry.of(joint, set(request.parameters))
     check_reduction(joint, analysis, ancestry, mean=mean)
-    if unreduce_normalisers(joint, analysis, ancestry, emit, batch, mean=mean):
+    varies = not analysis.batch_size.is_number
+    scales = Scales(joint, analysis, mean=mean) if varies else None
+    if unreduce_normalisers(joint, analysis, ancestry, emit, batch, mean=mean, scales=scales):
         analysis = _analyze(joint, request)
+        scales = Scales(joint, analysis, mean=mean) if varies else None
     refuse_effects(joint.graph, analysis.values)
     refuse_state_writes(joint, analysis.values, request)
     losses, zeros = _checked_tangents(joint, analysis, request)
 
     context = Context(emit, analysis, batch)
     gradients = find_gradient_sites(joint, analysis, context, _private_gradients(joint, request))
+    if scales is not None:
+        check_batch_size(scales, gradients, analysis, mean=mean)
     plan = make_plan(gradients, request.strategy)
     scale = _insert_scale(emit, batch, _first_backward_node(joint, gradients), mean=mean)
     norms = insert_norms(gradients, plan, context, scale)

@@ -15,6 +15,7 @@ from flashnorm_compile._torch import shape_exprs, size_expr
 from flashnorm_compile.passes.batch_axis import registry
 from flashnorm_compile.passes.batch_axis.call import Call, nodes_in, shape_of
 from flashnorm_compile.passes.batch_axis.registry import Entry
+from flashnorm_compile.passes.batch_axis.sized import SizedConstants
 from flashnorm_compile.passes.batch_axis.sizes import depends_on_data, product, same
 from flashnorm_compile.passes.batch_axis.values import Batched, Constant, Mixed, Value
 from flashnorm_compile.passes.batch_axis.writes import REPLACES_STORAGE, Writes
@@ -70,6 +71,7 @@ class _Driver:
         self._seeds = seeds
         self._tangent_of = tangent_of
         self._writes = Writes()
+        self._constants = SizedConstants(batch, self.values)
 
     def visit(self, node: fx.Node) -> None:
         if node.op == "output":
@@ -123,7 +125,7 @@ class _Driver:
         if mixed is not None:
             return mixed
         if all(isinstance(value, Constant) for value in values):
-            return Constant()
+            return self._constants.value(call, entry)
         if entry is None or "val" not in node.meta:
             return call.mixed(f"no batch-axis rule for {registry.op_name(node.target)}")
         return _stray_axis(call, entry) or entry.rule(call)

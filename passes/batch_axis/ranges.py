@@ -12,7 +12,7 @@ from flashnorm_compile.passes.batch_axis.sizes import same
 from flashnorm_compile.passes.batch_axis.values import Batched
 
 # Ops that move the entries of their first argument and leave them as they are.
-_MOVES = frozenset(
+MOVES = frozenset(
     {
         "aten.view.default",
         "aten._unsafe_view.default",
@@ -58,7 +58,7 @@ def identity_axis(index: fx.Node, axis: Batched, size: sympy.Expr, call: Call) -
     """
     moves: list[fx.Node] = []
     node = index
-    while node.op == "call_function" and op_name(node.target) in _MOVES and _is_integer(node):
+    while node.op == "call_function" and op_name(node.target) in MOVES and _is_integer(node):
         moves.append(node)
         source = node.args[0]
         assert isinstance(source, fx.Node)
