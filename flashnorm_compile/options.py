@@ -39,7 +39,11 @@ class Options:
             or a tuple by position or a dict by argument name, of ints, None (not a batch
             argument) and nested containers. None means dim 0 of every tensor argument.
         strategy: how per-sample norms are computed; "auto" lets the cost model choose.
-        seed: seeds the noise; None draws one from the operating system.
+        seed: reproduces the noise of a program that is run again; None draws one from the
+            operating system. Two gradients under the same noise differ by their un-noised
+            difference, so the steps made with one seed in one process draw different noise;
+            ``flashnorm_compile.noise_streams.repeat_noise`` repeats a run inside one process.
+            Runs in other processes are not seen: give runs on different data different seeds.
         lowering: "inductor" generates code; "eager" runs the rewritten graphs as they are.
     """
 

@@ -12,9 +12,10 @@ import torch
 
 from flashnorm_compile import _torch
 from flashnorm_compile.backend import compile_graph, inductor_settings
+from flashnorm_compile.discarding import discard_reachable
 from flashnorm_compile.errors import PrivacyError
 from flashnorm_compile.kernels.noise import add_noise
-from flashnorm_compile.optimizers import discard_gradients, guard_optimizers, running
+from flashnorm_compile.optimizers import guard_optimizers, running
 from flashnorm_compile.options import Options
 from flashnorm_compile.passes.pipeline import Report
 from flashnorm_compile.passes.plan import Plan
@@ -62,7 +63,9 @@ def dp_step(
         dynamic: as for ``torch.compile``.
         options: see ``flashnorm_compile.Options``: ``max_grad_norm``, ``noise_multiplier``,
             ``expected_batch_size``, ``loss_reduction``, ``in_dims``, ``strategy``, ``seed``,
-            ``lowering``.
+            ``lowering``. A ``seed`` reproduces the noise of a program that is run again; steps
+            made with one seed in one process draw different noise, except inside
+            ``flashnorm_compile.noise_streams.repeat_noise``.
 
     Returns:
         The compiled step, or a decorator when called without a function.
@@ -110,6 +113,7 @@ class PrivateStep(Generic[P, R]):
         inductor_settings(mode)
         functools.update_wrapper(self, function)
         self.__name__: str = getattr(function, "__name__", type(function).__name__)
+        self._function = function
         self.options = options
         self.accountant = accountant
         self.sampling_rate = sampling_rate
@@ -146,7 +150,7 @@ class PrivateStep(Generic[P, R]):
                 "changes from call to call, or raise torch._dynamo.config.recompile_limit."
             ) from error
         if torch.is_grad_enabled() and state.graphs_run == graphs:
-            _discard_gradients(args, kwargs)
+            discard_reachable(self._function, (args, kwargs, list(state.parameters)))
             raise PrivacyError(
                 f"{self.__name__} ran without a private graph: Dynamo was switched off "
                 "(TORCHDYNAMO_DISABLE, torch.compiler.disable), skipped the function, or the "
@@ -339,11 +343,3 @@ class PrivateStep(Generic[P, R]):
         if not self._state.reports:
             raise PrivacyError("The step was not compiled yet; call it once.")
         return self._state.reports
-
-
-def _discard_gradients(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, torch.nn.Module):
-            value.zero_grad(set_to_none=True)
-        elif isinstance(value, torch.optim.Optimizer):
-            discard_gradients(value)
