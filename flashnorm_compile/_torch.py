@@ -577,6 +577,8 @@ def dynamo_is_disabled() -> bool:
 
 def decompositions() -> Mapping[Any, Callable[..., Any]]:
     """Return Inductor's decompositions: the operations a joint graph is made of."""
+    # Some decompositions look up the lowerings without importing them.
+    import torch._inductor.lowering  # noqa: F401
     from torch._inductor.decomposition import select_decomp_table
 
     return select_decomp_table()
