@@ -23,7 +23,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit, TensorifyScalarRestartAna
 from torch._functorch import config as functorch_config
 from torch._functorch._aot_autograd import descriptors
 from torch._functorch.eager_transforms import _autograd_grad as functional_grad
-from torch._guards import TracingContext, detect_fake_mode
+from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -134,6 +134,13 @@ def input_source(placeholder: fx.Node) -> InputSource | None:
     return _describe(source, as_tensor)
 
 
+def _name_of(source: Any) -> str:
+    try:
+        return str(source.name() if callable(source.name) else source.name)
+    except NotImplementedError:  # the cell of a variable that an inner function assigns
+        return ""
+
+
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 
 
@@ -159,7 +166,7 @@ def _describe(source: Any, as_tensor: bool) -> InputSource:
     is_array = kinds[-1] == "NumpyTensorSource"
     named = chain[-2] if is_array else source
     return InputSource(
-        expression=named.name() if callable(named.name) else named.name,
+        expression=_name_of(named),
         root=getattr(chain[0], "local_name", None) or getattr(chain[0], "global_name", None),
         path=tuple(path),
         module_depth=module_depth,
@@ -184,13 +191,6 @@ def stored_tensors(value: Any) -> list[torch.Tensor]:
         return [each for name in inner for each in stored_tensors(getattr(value, name))]
     return [value] if value.layout is torch.strided else []
 
-
-# --- Dynamo: the frame being compiled
-
-
-@dataclass(frozen=True)
-class GraphBreak:
-    """A graph break: why, and where in the user's code."""
 
 # Before torch 2.13 the only mark without an error for a dim that turns out to be fixed; guards
 # look at it, at the new one they do not.
@@ -218,6 +218,13 @@ def trace_again(reason: str) -> NoReturn:
     """Make Dynamo trace the frame anew, from inside a backend."""
     raise TensorifyScalarRestartAnalysis(restart_reason=reason)
 
+
+# --- Dynamo: the frame being compiled
+
+
+@dataclass(frozen=True)
+class GraphBreak:
+    """A graph break: why, and where in the user's code."""
 
     reason: str
     location: str
@@ -368,49 +375,136 @@ def last_unexpected_break() -> GraphBreak | None:
     return None
 
 
-def module_attribute_writes(gm: fx.GraphModule) -> list[tuple[str, fx.Node]]:
-    """Return tensors that the frame assigns to attributes of modules: (attribute, graph node)."""
+@dataclass(frozen=True)
+class KeptTensor:
+    """A tensor that a frame puts into an object that was there before it.
+
+    Attributes:
+        owner: where that object comes from.
+        key: the attribute or key it is put under, as code (".last", "['z']"), or "".
+        node: the tensor in the graph, or None if the frame only passes it on.
+    """
+
+    owner: InputSource
+    key: str
+    node: fx.Node | None
+
+
+def kept_tensors(gm: fx.GraphModule) -> list[KeptTensor]:
+    """Return the tensors that the frame puts into objects that outlive it."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     effects: Any = InstructionTranslator.current_tx().output.side_effects
-    writes = [
-        *(
-            attributes
-            for item, attributes in effects.store_attr_mutations.items()
-            if "Module" in type(item).__name__
-        ),
-        # Assigning to a registered buffer changes the module's dict of buffers.
-        *(
-            {key.vt.as_python_constant(): value for key, value in variable.items.items()}
-            for variable in effects.id_to_variable.values()
-            if _is_read(variable)
-            and isinstance(getattr(variable, "items", None), dict)
-            and _is_module_dict(variable)
-        ),
-    ]
     nodes = {node.name: node for node in gm.graph.nodes}
     found = []
-    for attributes in writes:
-        for name, value in attributes.items():
-            if not _is_read(value):
-                continue
-            node = getattr(getattr(value, "proxy", None), "node", None)
-            if isinstance(node, fx.Node) and node.op != "placeholder" and node.name in nodes:
-                found.append((str(name), nodes[node.name]))
+    for variable in effects.id_to_variable.values():
+        is_new = type(variable.mutation_type).__name__.endswith("New")
+        if is_new or variable.source is None or not effects.is_modified(variable):
+            continue
+        owner = _describe(variable.source, as_tensor=False)
+        for key, value in _contents(variable, effects):
+            for node, source in _tensors_in(value, effects):
+                if source is not None and _comes_from(source, variable.source):
+                    continue
+                if node is None or node.name in nodes:
+                    kept = None if node is None else nodes[node.name]
+                    found.append(KeptTensor(owner, key, kept))
     return found
+
+
+def _contents(variable: Any, effects: Any) -> Iterator[tuple[str, Any]]:
+    for name, value in effects.store_attr_mutations.get(variable, {}).items():
+        # A cell holds what a variable of an enclosing function refers to.
+        yield ("" if name == "cell_contents" else f".{name}"), value
+    items = getattr(variable, "items", None)
+    if not isinstance(items, dict):
+        yield "", variable
+        return
+    name = _name_of(variable.source)
+    for key, value in items.items():
+        text = ""
+        if key.vt.is_python_constant():
+            constant = key.vt.as_python_constant()
+            text = f".{constant}" if name.endswith(_REGISTRIES) else f"[{constant!r}]"
+        yield text, value
+        yield text, key.vt  # an item of a set is its key
+
+
+def _tensors_in(value: Any, effects: Any) -> list[tuple[fx.Node | None, Any]]:
+    """Return the tensors inside one of Dynamo's values: (graph node, source)."""
+    from torch._dynamo.variables.base import VariableTracker
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+    found: list[tuple[fx.Node | None, Any]] = []
+    seen: dict[int, Any] = {}
+
+    def look(variable: Any) -> None:
+        if not _is_read(variable):
+            # Looking into it would make it a graph input.
+            if _holds_samples(variable.original_value(), variable.original_source()):
+                found.append((None, variable.original_source()))
+            return
+        node = getattr(getattr(variable, "proxy", None), "node", None)
+        if isinstance(node, fx.Node):
+            example = node.meta.get("example_value")
+            source = getattr(node, "_dynamo_source", None)
+            # A number that the graph computes from data has a symbol without a size behind it.
+            if isinstance(example, torch.Tensor) or free_unbacked_symbols(example):
+                found.append((node, source if node.op == "placeholder" else None))
+        for each in effects.store_attr_mutations.get(variable, {}).values():
+            VariableTracker.visit(look, each, seen)
+
+    VariableTracker.visit(look, value, seen)
+    return found
+
+
+def _holds_samples(value: Any, source: Any) -> bool:
+    """Whether a value that the frame passes on unread may hold samples."""
+    if source is not None and _describe(source, as_tensor=False).in_module:
+        return False
+    if isinstance(value, torch.Tensor):
+        return not value.requires_grad
+    if isinstance(value, Mapping):
+        return any(_holds_samples(each, None) for each in value.values())
+    return isinstance(value, (list, tuple)) and any(_holds_samples(each, None) for each in value)
+
+
+def _comes_from(source: Any, owner: Any) -> bool:
+    link = source
+    while link is not None:
+        if link == owner:
+            return True
+        link = getattr(link, "base", None)
+    return False
+
+
+def changed_inputs(gm: fx.GraphModule) -> list[fx.Node]:
+    """Return the placeholders whose tensors a graph changes in place."""
+    from torch._functorch._aot_autograd import collect_metadata_analysis as analysis
+
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    examples = [node.meta["example_value"] for node in placeholders]
+    modes = [each.fake_mode for each in examples if isinstance(each, FakeTensor)]
+    if not modes:
+        return []
+    collect = analysis.run_functionalized_fw_and_collect_metadata(
+        gm.forward,
+        flat_args_descs=[descriptors.PlainAOTInput(index) for index in range(len(examples))],
+        keep_input_mutations=True,
+    )
+    # The examples are Dynamo's; the tracing context already has a fake mode for the compiler.
+    with tracing(None), modes[0]:
+        info = collect(*examples).input_info
+    return [
+        node
+        for node, each in zip(placeholders, info, strict=True)
+        if each.mutates_data or each.mutates_metadata or each.mutates_storage_metadata
+    ]
 
 
 def _is_read(variable: Any) -> bool:
     """Whether Dynamo has read a value; looking into one it has not makes it a graph input."""
     return not hasattr(type(variable), "is_realized") or variable.is_realized()
-
-
-def _is_module_dict(variable: Any) -> bool:
-    source = getattr(variable, "source", None)
-    if source is None:
-        return False
-    name = source.name() if callable(source.name) else source.name
-    return name.removesuffix("']").endswith(("_buffers", "_parameters", ".__dict__"))
 
 
 def _argument_names(code: CodeType) -> tuple[str, ...]:

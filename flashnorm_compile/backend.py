@@ -18,6 +18,7 @@ from flashnorm_compile import _torch
 from flashnorm_compile.aliases import checked_each_call
 from flashnorm_compile.empty_batch import EmptyBatchGraph
 from flashnorm_compile.errors import PrivacyError
+from flashnorm_compile.kept import refuse_changes, refuse_kept_samples
 from flashnorm_compile.optimizers import guard_optimizers
 from flashnorm_compile.options import Options
 from flashnorm_compile.passes.pipeline import Report, Request, make_private
@@ -117,6 +118,7 @@ def compile_graph(
         frame = _torch.current_frame(gm)
         if not _is_training(gm):
             _refuse_hidden_autograd(gm)
+            refuse_changes(gm, frame, state.options.in_dims)
             return _compile(gm, inputs, _Pass(None, state), state.options, mode)
         _refuse_splits(frame)
         _refuse_uncompiled_caller(frame)
@@ -124,7 +126,7 @@ def compile_graph(
             roles = assign_roles(gm.graph, frame, state.options.in_dims)
         except PrivacyError as error:
             raise _with_break(error) from error
-        _refuse_module_writes(gm, roles)
+        refuse_kept_samples(gm, roles)
         compiled = _compile_training(gm, inputs, roles, state, mode)
         return checked_each_call(*roles.positions(), compiled)
     except PrivacyError as error:
@@ -203,22 +205,6 @@ def _with_break(error: PrivacyError) -> PrivacyError:
     return PrivacyError(
         f"{error} This may come from a graph break at {broke.location}: {broke.summary}"
     )
-
-
-def _refuse_module_writes(gm: fx.GraphModule, roles: Roles) -> None:
-    """Refuse to assign what depends on samples to a module: it would stay there, without noise."""
-    placeholders = gm.graph.find_nodes(op="placeholder")
-    tainted = {placeholders[each.index] for each in roles.inputs if each.role is Role.BATCH}
-    for node in gm.graph.nodes:
-        if any(arg in tainted for arg in node.all_input_nodes):
-            tainted.add(node)
-    for name, node in _torch.module_attribute_writes(gm):
-        if node in tainted:
-            raise PrivacyError(
-                f"The step assigns a value that depends on samples to the module attribute "
-                f"{name!r}; it would carry data out without noise "
-                f"({_torch.source_location(node)}). Return it instead."
-            )
 
 
 def _refuse_splits(frame: _torch.Frame) -> None:

@@ -146,7 +146,7 @@ def _assign(index: int, node: fx.Node, frame: Frame, in_dims: Any) -> Input:
         )
     if source.is_number:
         return Input(index, node.name, Role.CONSTANT)
-    name = _user_name(source)
+    name = user_name(source)
     requires_grad = example.requires_grad
     if source.is_registered:
         role = Role.PARAMETER if requires_grad else Role.BUFFER
@@ -164,6 +164,23 @@ def _assign(index: int, node: fx.Node, frame: Frame, in_dims: Any) -> Input:
             f"{declaration(source)} if it is a parameter."
         )
     return Input(index, name, Role.BATCH, batch_dim=dim)
+
+
+def may_hold_samples(placeholder: fx.Node, frame: Frame, in_dims: Any) -> bool:
+    """Return whether an input of a graph that trains nothing may hold samples."""
+    example, source = placeholder.meta["example_value"], input_source(placeholder)
+    if not isinstance(example, torch.Tensor):
+        return False
+    if source is None:
+        return True
+    if source.is_number or source.is_registered or source.is_gradient:
+        return False
+    if isinstance(example, torch.nn.Parameter) and example.requires_grad:
+        return False
+    try:
+        return _batch_dim(source, frame, in_dims, user_name(source), example) is not None
+    except PrivacyError:
+        return True
 
 
 def _batch_dim(
@@ -263,7 +280,7 @@ def _first_break(frame: Frame) -> str:
     return f"{broke.location} ({broke.summary})"
 
 
-def _user_name(source: InputSource) -> str:
+def user_name(source: InputSource) -> str:
     """Write a source as the user would: L['model']._modules['fc']._parameters['weight']."""
     text = source.expression
     for container in ("._modules", "._parameters", "._buffers"):
