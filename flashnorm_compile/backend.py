@@ -126,11 +126,30 @@ def compile_graph(
             roles = assign_roles(gm.graph, frame, state.options.in_dims)
         except PrivacyError as error:
             raise _with_break(error) from error
+        _make_batch_symbolic(gm, roles)
         refuse_kept_samples(gm, roles)
         compiled = _compile_training(gm, inputs, roles, state, mode)
         return checked_each_call(*roles.positions(), compiled)
     except PrivacyError as error:
         return refusal(error)
+
+
+def _make_batch_symbolic(gm: fx.GraphModule, roles: Roles) -> None:
+    """Trace with a batch size that is a symbol, told apart from every other size.
+
+    As a number it could be any constant of the user's, and whether gradients depend on it could
+    not be seen. A batch of one sample or none has a graph of its own.
+    """
+    if isinstance(roles.batch_size, int) and roles.batch_size < 2:
+        return
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    marked = [
+        _torch.mark_symbolic(placeholders[each.index], each.batch_dim)
+        for each in roles.inputs
+        if each.batch_dim is not None
+    ]
+    if any(marked):
+        _torch.trace_again("the batch size is a symbol")
 
 
 def _compile_training(

@@ -378,8 +378,8 @@ def check_reduction(
     """Check the declared reduction against the loss.
 
     A loss that is declared a mean but is a sum would weigh a sample by the size of its batch.
-    With a batch size that is a plain number, a division by it cannot be told from any other
-    constant; the check is exact as soon as the size varies.
+    A batch size that the step fixes cannot be told from any other constant: such a step may only
+    use a plain ``mean`` or ``sum``.
 
     Raises:
         PrivacyError: the declared reduction is not the loss's.
@@ -389,13 +389,20 @@ def check_reduction(
         if term.normalised:
             continue  # each sample has its own count
         if batch.is_Integer:
-            fits = term.averages == mean or (mean and term.scaled)
+            fits = term.averages == mean and not term.scaled
         else:
             scaled = sympy.simplify(term.factor * batch) if mean else term.factor
             # A number held in a tensor is followed by ``Scales``.
             fits = batch not in scaled.free_symbols or scaled.has(sympy.Dummy)
         if not fits:
             declared, other = ("mean", "sum") if mean else ("sum", "mean")
+            if batch.is_Integer and term.scaled:
+                raise PrivacyError(
+                    f"The step is made for batches of {batch} samples only, so it cannot be seen "
+                    f"whether the factor {term.factor} in the loss stands for their number. It is "
+                    f"at {source_location(term.node)}. Use .{declared}() without a factor, or write the "
+                    "step for any batch size: compare or broadcast nothing with a fixed one."
+                )
             raise PrivacyError(
                 f'The loss is declared loss_reduction="{declared}", but it does not reduce over '
                 f"samples like that: in a batch of {batch}, each sample's loss has the factor "
