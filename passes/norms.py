@@ -11,6 +11,7 @@ from flashnorm_compile.passes.gradient_sites import CASTS, ParameterGradient
 from flashnorm_compile.passes.plan import Choice, Plan, pair
 from flashnorm_compile.passes.sample_map import run_mapped
 from flashnorm_compile.passes.sites import Context
+from flashnorm_compile.passes.sites.rounding import bounded_square
 
 
 @dataclass(frozen=True)
@@ -56,27 +57,35 @@ def _apart(gradient: ParameterGradient) -> bool:
 
 def _site_by_site(gradient: ParameterGradient, choices: tuple[Choice, ...], norms: Norms) -> None:
     """‖Σ_k g_k‖² = Σ_k ‖g_k‖² + 2 Σ_{k<l} ⟨g_k, g_l⟩."""
-    for site, choice in zip(gradient.sites, choices, strict=True):
-        if choice == "ghost":
-            norms.squares.append(site.ghost())
-        else:
-            samples = site.per_sample()
-            norms.per_sample[site.node] = samples
-            _add_square(norms, samples, site.context)
-    for i, second in enumerate(gradient.sites):
-        for first in gradient.sites[:i]:
+    sites = gradient.sites
+    if choices == ("materialize",):
+        samples = sites[0].per_sample()
+        norms.per_sample[sites[0].node] = samples
+        _add_square(norms, samples, sites[0].context)
+        return
+    squares = [site.ghost() for site in sites]
+    products = []
+    for i, second in enumerate(sites):
+        for first in sites[:i]:
             ordered = pair(first, second)
             assert ordered is not None
             known, other, _ = ordered
-            product = known.inner_product(
-                other, bool(gradient.orientation(known)), bool(gradient.orientation(other))
+            products.append(
+                known.inner_product(
+                    other, bool(gradient.orientation(known)), bool(gradient.orientation(other))
+                )
             )
-            emit = known.context.emit
-            norms.squares.append(emit(_double, product, before=product.next, like=product))
+    tolerance = max(site.rounding.tolerance for site in sites)
 
+    def code(*values: torch.Tensor) -> torch.Tensor:
+        found, count = values[: 2 * len(squares)], 2 * len(squares)
+        crossed = values[count:]
+        return bounded_square(found[::2], found[1::2], crossed[::2], crossed[1::2], tolerance)
 
-def _double(x: torch.Tensor) -> torch.Tensor:
-    return 2 * x
+    emitted = [node for found in (*squares, *products) for node in found]
+    emit = sites[0].context.emit
+    last = max(emitted)
+    norms.squares.append(emit(code, *emitted, before=last.next, like=gradient.output))
 
 
 def _add_square(norms: Norms, samples: fx.Node, context: Context) -> None:

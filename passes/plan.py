@@ -110,7 +110,9 @@ def _choose(gradient: ParameterGradient, strategy: str) -> tuple[tuple[Choice, .
     products = _inner_product_cost(gradient)
     if strategy == "materialize" or products is None:
         return ("materialize",), together
-    best = [_best(site, strategy) for site in gradient.sites]
+    # Cross terms belong to the products that the sites sum, not to gradients rounded before.
+    several = len(gradient.sites) > 1
+    best = [_best(site, "ghost" if several else strategy) for site in gradient.sites]
     apart = _sum([products, *(cost for _, cost in best)])
     if strategy == "auto" and len(best) > 1 and _time(together) <= _time(apart):
         return ("materialize",), together

@@ -12,6 +12,7 @@ from torch import fx
 from flashnorm_compile.passes.batch_axis.analysis import Analysis
 from flashnorm_compile.passes.batch_axis.values import Batched
 from flashnorm_compile.passes.emit import Emitter
+from flashnorm_compile.passes.sites.rounding import Rounding
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,13 @@ class Site(ABC):
             before: where the code goes.
         """
 
-    def ghost(self) -> fx.Node:
-        """Emit the squared norms [B] without the gradients, where ``ghost_cost`` allows it."""
+    def ghost(self) -> tuple[fx.Node, fx.Node]:
+        """Emit squared norms [B] without the gradients, and their slack (see ``rounding``)."""
+        raise NotImplementedError(f"{self.kind} sites have no ghost norm")
+
+    @property
+    def rounding(self) -> Rounding:
+        """The rounding of ``weighted``, where there is a ghost norm."""
         raise NotImplementedError(f"{self.kind} sites have no ghost norm")
 
     @property
@@ -77,8 +83,10 @@ class Site(ABC):
         """Predict the cost of ``inner_product``; None if the other site is not known."""
         return None
 
-    def inner_product(self, other: Site, transposed: bool, other_transposed: bool) -> fx.Node:
-        """Emit ⟨gradient_i, other's gradient_i⟩ [B] without either.
+    def inner_product(
+        self, other: Site, transposed: bool, other_transposed: bool
+    ) -> tuple[fx.Node, fx.Node]:
+        """Emit ⟨gradient_i, other's gradient_i⟩ [B] without either, and its largest error.
 
         Args:
             other: a site of the same parameter.

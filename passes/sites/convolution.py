@@ -16,10 +16,10 @@ from torch import fx
 from torch.nn import functional
 
 from flashnorm_compile.passes.batch_axis.values import Batched
-from flashnorm_compile.passes.emit import half_matmul
 from flashnorm_compile.passes.layout import SampleAxis, masked_scale
 from flashnorm_compile.passes.sites.base import Context, Cost, Site, hint
 from flashnorm_compile.passes.sites.reduction import ReductionSite
+from flashnorm_compile.passes.sites.rounding import Rounding, ghost_square
 
 aten = torch.ops.aten
 _FIRST = SampleAxis(0, 1, 1)
@@ -62,13 +62,17 @@ class ConvolutionSite(Site):
 
         return self._emit(code)
 
-    def ghost(self) -> fx.Node:
+    @property
+    def rounding(self) -> Rounding:
+        """The rounding of ``weighted``."""
+        return Rounding.of_convolution(self.gradient.meta["val"])
+
+    def ghost(self) -> tuple[fx.Node, fx.Node]:
         """Emit the squared norms by Gram matrices over positions."""
 
-        def code(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        def code(gradient: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             outer, patches = self._operands(gradient, x)
-            grams = half_matmul(outer.mT, outer) * half_matmul(patches.mT, patches)
-            return grams.flatten(1).sum(1)
+            return ghost_square(outer, patches.mT, self.rounding, scale_left=True)
 
         return self._emit(code)
 
@@ -146,7 +150,7 @@ class ConvolutionSite(Site):
             float(hint(weight[1]) * math.prod(self.kernel)),
         )
 
-    def _emit(self, code: Any) -> fx.Node:
+    def _emit(self, code: Any) -> Any:
         return self.context.emit(code, self.gradient, self.input, before=self.node.args[0])
 
 

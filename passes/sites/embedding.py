@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
 from flashnorm_compile.passes.batch_axis.values import Batched
-from flashnorm_compile.passes.emit import half_matmul
 from flashnorm_compile.passes.layout import SampleAxis, masked_scale
 from flashnorm_compile.passes.sites.base import Context, Cost, Site, hint, later
 from flashnorm_compile.passes.sites.generic import is_zero_fill
 from flashnorm_compile.passes.sites.matmul import MatmulSite
+from flashnorm_compile.passes.sites.rounding import (
+    HALF,
+    Rounding,
+    gram,
+    gram_error,
+    outer,
+    pair_sum,
+    row_norms,
+)
 
 aten = torch.ops.aten
 
@@ -87,6 +95,7 @@ class EmbeddingSite(Site):
 
         def code(batch: torch.Tensor, *operands: torch.Tensor) -> torch.Tensor:
             tokens, gradients = self._sample_major(batch.shape[0], *operands)
+            gradients = _wide(gradients)
             samples, _, width = gradients.shape
             table = torch.zeros(
                 samples, self.rows, width, dtype=gradients.dtype, device=gradients.device
@@ -100,6 +109,7 @@ class EmbeddingSite(Site):
 
         def code(weights: torch.Tensor, *operands: torch.Tensor) -> torch.Tensor:
             tokens, gradients = self._sample_major(weights.shape[0], *operands)
+            gradients = _wide(gradients)
             gradients = masked_scale(SampleAxis(0, 1, 1), gradients, weights, scale=True)
             width = gradients.shape[-1]
             table = torch.zeros(self.rows, width, dtype=gradients.dtype, device=gradients.device)
@@ -109,12 +119,21 @@ class EmbeddingSite(Site):
 
         return self.context.emit(code, weights, *self._operands(), before=before, like=self.node)
 
-    def ghost(self) -> fx.Node:
+    @property
+    def rounding(self) -> Rounding:
+        """The rounding of ``weighted``."""
+        return Rounding.of_scatter(self.scatter.gradients.meta["val"])
+
+    def ghost(self) -> tuple[fx.Node, fx.Node]:
         """Emit ‖·‖² = Σ_{t,s} [token_t = token_s] ⟨g_t, g_s⟩."""
 
-        def code(batch: torch.Tensor, *operands: torch.Tensor) -> torch.Tensor:
+        def code(
+            batch: torch.Tensor, *operands: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor]:
             tokens, gradients = self._sample_major(batch.shape[0], *operands)
-            return _matching(tokens, gradients, tokens, gradients)
+            square, spread, error = _matching(tokens, gradients, tokens, gradients)
+            # The squared spread, of each row of the table on its own.
+            return square, self.rounding.spread_slack(spread.sqrt(), tokens.shape[1]) + error
 
         return self._emit(code)
 
@@ -129,7 +148,9 @@ class EmbeddingSite(Site):
             return None
         return self._gram_cost(tokens)
 
-    def inner_product(self, other: Site, transposed: bool, other_transposed: bool) -> fx.Node:
+    def inner_product(
+        self, other: Site, transposed: bool, other_transposed: bool
+    ) -> tuple[fx.Node, fx.Node]:
         """Emit the inner product with another scatter, or with an output head's product."""
         if isinstance(other, EmbeddingSite):
             assert transposed == other_transposed
@@ -158,15 +179,18 @@ class EmbeddingSite(Site):
         batch = hint(self.context.batch.meta["val"].shape[0])
         return hint(self.scatter.tokens.meta["val"].numel()) / batch
 
-    def _with_embedding(self, other: EmbeddingSite) -> fx.Node:
+    def _with_embedding(self, other: EmbeddingSite) -> tuple[fx.Node, fx.Node]:
         count = len(self._operands())
 
-        def code(batch: torch.Tensor, *operands: torch.Tensor) -> torch.Tensor:
+        def code(
+            batch: torch.Tensor, *operands: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor]:
             first = self._sample_major(batch.shape[0], *operands[:count])
             second = other._sample_major(batch.shape[0], *operands[count:])
-            return _matching(*first, *second)
+            square, _, error = _matching(*first, *second)
+            return square, error
 
-        return self.context.emit(
+        return self.context.emit(  # type: ignore[no-any-return]
             code,
             self.context.batch,
             *self._operands(),
@@ -174,12 +198,14 @@ class EmbeddingSite(Site):
             before=later(self.node, other.node),
         )
 
-    def _with_matmul(self, other: MatmulSite, other_transposed: bool) -> fx.Node:
+    def _with_matmul(
+        self, other: MatmulSite, other_transposed: bool
+    ) -> tuple[fx.Node, fx.Node]:
         """Σ_{s,t} head_gradient[t, token_s]·⟨activation_t, g_s⟩: columns gathered by token."""
 
         def code(
             batch: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *operands: torch.Tensor
-        ) -> torch.Tensor:
+        ) -> tuple[torch.Tensor, torch.Tensor]:
             tokens, gradients = self._sample_major(batch.shape[0], *operands)
             left, right = other._sample_major(left, right, batch.shape[0])
             if other_transposed:
@@ -187,9 +213,12 @@ class EmbeddingSite(Site):
             # left [B, V, T], right [B, T, d]; tokens [B, S], gradients [B, S, d].
             index = tokens.unsqueeze(-1).expand(*tokens.shape, left.shape[-1])
             gathered = left.gather(1, index)
-            return (gathered * half_matmul(gradients, right.mT)).flatten(1).sum(1)
+            product = gram(gradients, right.mT)
+            norms = outer(row_norms(gradients, -1), row_norms(right, -1))
+            error = gram_error(product, gradients.shape[-1])
+            return pair_sum(gathered * product), error * pair_sum(gathered.abs() * norms)
 
-        return self.context.emit(
+        return self.context.emit(  # type: ignore[no-any-return]
             code,
             self.context.batch,
             other.left if other_transposed else (other.padded or other.left),
@@ -203,7 +232,7 @@ class EmbeddingSite(Site):
         operands = [scatter.tokens, scatter.gradients]
         return operands if scatter.mask is None else [*operands, scatter.mask]
 
-    def _emit(self, code: Callable[..., torch.Tensor]) -> fx.Node:
+    def _emit(self, code: Callable[..., Any]) -> Any:
         return self.context.emit(code, self.context.batch, *self._operands(), before=self.node)
 
     def _sample_major(
@@ -213,7 +242,7 @@ class EmbeddingSite(Site):
         gradients: torch.Tensor,
         mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return tokens [B, T], non-negative, and gradient rows [B, T, d] in float32."""
+        """Return tokens [B, T], non-negative, and gradient rows [B, T, d]."""
         zero = torch.zeros((), dtype=gradients.dtype, device=gradients.device)
         if mask is not None:
             gradients = torch.where(mask, gradients, zero)
@@ -225,17 +254,25 @@ class EmbeddingSite(Site):
         tokens = tokens.clamp(0, self.rows - 1)
         tokens = tokens.expand(gradients.shape[:-1])
         width = gradients.shape[-1]
-        if gradients.dtype in (torch.bfloat16, torch.float16):
-            gradients = gradients.float()
         tokens = self.axis.to_front(tokens, batch_size).reshape(batch_size, -1)
         return tokens, self.axis.to_front(gradients, batch_size).reshape(batch_size, -1, width)
 
 
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    return x.float() if x.dtype in HALF else x
+
+
 def _matching(
     tokens: torch.Tensor, rows: torch.Tensor, tokens2: torch.Tensor, rows2: torch.Tensor
-) -> torch.Tensor:
-    """Σ over pairs of equal tokens of ⟨row, row2⟩: [B, T], [B, T, d], [B, S], [B, S, d] → [B]."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Σ over pairs of equal tokens of ⟨row, row2⟩: [B, T], [B, T, d], [B, S], [B, S, d] → [B].
+
+    Returns:
+        The sum, the sum of ‖row‖‖row2‖ in its place, and the largest error of the first.
+    """
     same = tokens.unsqueeze(2) == tokens2.unsqueeze(1)
-    gram = torch.matmul(rows, rows2.mT)
-    zero = torch.zeros((), dtype=gram.dtype, device=gram.device)
-    return torch.where(same, gram, zero).flatten(1).sum(1)
+    product = gram(rows, rows2.mT)
+    norms = outer(row_norms(rows, -1), row_norms(rows2, -1))
+    spread = pair_sum(torch.where(same, norms, torch.zeros_like(norms)))
+    found = pair_sum(torch.where(same, product, torch.zeros_like(product)))
+    return found, spread, gram_error(product, rows.shape[-1]) * spread

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -19,6 +19,7 @@ from flashnorm_compile.passes.emit import half_matmul
 from flashnorm_compile.passes.layout import SampleAxis, masked_scale
 from flashnorm_compile.passes.sites.base import Context, Cost, Site, hint, later
 from flashnorm_compile.passes.sites.generic import contracted_axis
+from flashnorm_compile.passes.sites.rounding import Rounding, ghost_product, ghost_square
 
 aten = torch.ops.aten
 _OPERATIONS = {aten.mm.default, aten.bmm.default}
@@ -57,28 +58,33 @@ class MatmulSite(Site):
 
     def weighted(self, weights: fx.Node, before: fx.Node) -> fx.Node:
         """Emit (c∘L) R, scaling the narrower operand."""
-        scale_left = self._width(self.left, -2) <= self._width(self.right, -1)
 
         def code(left: torch.Tensor, right: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            if left.dtype == torch.float16:
+                # c∘L may fall below what float16 holds with full precision.
+                left, right = left.float(), right.float()
             return half_matmul(
-                masked_scale(self.left_axis, left, weights, scale=scale_left),
-                masked_scale(self.right_axis, right, weights, scale=not scale_left),
+                masked_scale(self.left_axis, left, weights, scale=self._scale_left),
+                masked_scale(self.right_axis, right, weights, scale=not self._scale_left),
             )
 
         return self.context.emit(
             code, self.left, self.right, weights, before=before, like=self.node
         )
 
-    def ghost(self) -> fx.Node:
+    @property
+    def rounding(self) -> Rounding:
+        """The rounding of ``weighted``."""
+        return Rounding.of_matmul(self.left.meta["val"])
+
+    def ghost(self) -> tuple[fx.Node, fx.Node]:
         """Emit squared norms by Gram matrices, [B, T, T] each; no T×T matrix where T is 1."""
 
-        def code(left: torch.Tensor, right: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
+        def code(
+            left: torch.Tensor, right: torch.Tensor, batch: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor]:
             left, right = self._sample_major(left, right, batch.shape[0])
-            if left.shape[-1] == 1:
-                squares = left.float().square().sum(-2) * right.float().square().sum(-1)
-                return squares.flatten(1).sum(1)
-            grams = half_matmul(left.mT, left) * half_matmul(right, right.mT)
-            return grams.flatten(1).sum(1)
+            return ghost_square(left, right, self.rounding, scale_left=self._scale_left)
 
         return self._emit(code)
 
@@ -90,7 +96,9 @@ class MatmulSite(Site):
         first, second = self.ghost_cost(), other.ghost_cost()
         return Cost((first.flops * second.flops) ** 0.5, (first.bytes * second.bytes) ** 0.5)
 
-    def inner_product(self, other: Site, transposed: bool, other_transposed: bool) -> fx.Node:
+    def inner_product(
+        self, other: Site, transposed: bool, other_transposed: bool
+    ) -> tuple[fx.Node, fx.Node]:
         """Emit ⟨L₁R₁, L₂R₂⟩ = Σ (L₁ᵀL₂)∘(R₁R₂ᵀ), the second swapped if stored transposed."""
         assert isinstance(other, MatmulSite)
         swap = transposed != other_transposed
@@ -101,12 +109,12 @@ class MatmulSite(Site):
             left2: torch.Tensor,
             right2: torch.Tensor,
             batch: torch.Tensor,
-        ) -> torch.Tensor:
+        ) -> tuple[torch.Tensor, torch.Tensor]:
             left, right = self._sample_major(left, right, batch.shape[0])
             left2, right2 = other._sample_major(left2, right2, batch.shape[0])
             if swap:
                 left2, right2 = right2.mT, left2.mT
-            return (half_matmul(left.mT, left2) * half_matmul(right, right2.mT)).flatten(1).sum(1)
+            return ghost_product(left, right, left2, right2)
 
         return self.context.emit(
             code,
@@ -139,7 +147,7 @@ class MatmulSite(Site):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return self.left_axis.slices(left, batch_size), self.right_axis.slices(right, batch_size)
 
-    def _emit(self, code: Callable[..., torch.Tensor]) -> fx.Node:
+    def _emit(self, code: Callable[..., Any]) -> Any:
         """Emit code of both operands, the left one padded where that pays."""
         context = self.context
         return context.emit(
@@ -170,6 +178,10 @@ class MatmulSite(Site):
                 weight = emit(lambda w: _pad(w, 0, extra), user.args[1], before=user)
                 user.args = (padded, weight)
         return emit(lambda x: x.permute(1, 0), padded, before=self.node)
+
+    @property
+    def _scale_left(self) -> bool:
+        return self._width(self.left, -2) <= self._width(self.right, -1)
 
     def _width(self, operand: fx.Node, dim: int) -> int:
         return hint(operand.meta["val"].shape[dim])

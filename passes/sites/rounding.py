@@ -1,0 +1,229 @@
+"""How far a norm found without the gradient may be below what is summed, and what is added for it.
+
+A ghost norm is n² = Σ_{t,s} (a_t·a_s)(g_t·g_s). Where a sample's tokens cancel, the terms are far
+larger than their sum, and rounding can leave nothing, or less, of a norm that is not small. The
+weighted sum Σ_t (c g_t) a_tᵀ rounds as well, by errors that do not cancel. Let
+
+    S = Σ_t ‖a_t‖‖g_t‖ ≥ n             (the spread; a sum over tokens, not pairs of tokens)
+    |computed n² - n²| ≤ E              (Gram products, and the sum over pairs)
+    ‖sum - c·gradient‖ ≤ c·R            (what one sample adds to the released sum)
+
+Then for any k > 0, by Cauchy-Schwarz on (n, R) and (1, 1/√k),
+
+    ‖sum‖² ≤ c²(n + R)² ≤ c²(1 + 1/k)(n² + kR²) ≤ c²(1 + 1/k)(computed n² + E + kR²).
+
+``slack`` is an upper bound of E + kR². The norm that clips is
+
+    max(n², 0) + max(slack - τn², 0)  ≥  (1 - τ)(n² + slack)
+
+so no contribution exceeds C by more than a factor √((1 + 1/k)/(1 - τ)), whatever the data, and a
+norm is left as computed where n² ≥ κS², κ = slack/(τS²), which is where it can be trusted.
+
+    Gram products                E: those of float32 and float64 are made in float64, by which also
+                                 TF32 cannot touch them: (p + d)·2⁻⁵²·S². Half precision on a GPU:
+                                 products are exact, tensor cores add 8 of them at a time to a
+                                 float32 that they truncate: an error of d·2⁻²⁶‖a_t‖‖a_s‖ in each
+                                 a_t·a_s, so d·2⁻²⁶·Σ‖a_t‖‖a_s‖|g_t·g_s| and the same with g.
+    sum over T tokens            R = (T + 2)·2⁻²⁴·S, sequential float32
+    operands rounded to TF32     R = 2⁻¹⁰·S: 2⁻¹¹ for each operand
+    c∘g rounded to bfloat16      R² = 2⁻¹⁶·Σ ‖g_t‖‖g_s‖|a_t·a_s|: 2⁻⁸ for each entry
+
+The last two are coarse: k = 32, τ = 2⁻⁵, so at most 3.2 % above C, while n² ≥ S²/64 (bfloat16) or
+S²/1024 (TF32) stays as computed: 64 or 1024 tokens with orthogonal gradients. Otherwise k = 256,
+τ = 2⁻¹⁰: at most 0.25 % above C, and 2⁻¹¹ from what is computed; 512 orthogonal tokens stay as
+they are, 2048 raise n by 0.4 %. All this in the worst case; the rounding errors of ordinary data
+cancel, and its sums exceed C by less than 1e-6, or in bfloat16 by 0.4 %, for a single token.
+
+That a sum is added up token after token, with nothing else between, is true of samples whose rows
+lie together; what other samples add to the rounding is bounded by their own sums, far below noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from flashnorm_compile.passes.emit import half_matmul
+
+HALF = (torch.bfloat16, torch.float16)
+# Squares below it are flushed to zero: a row norm is never less than its true value, nor a Gram
+# product's underflow more than its allowance.
+_FLOOR = 2.0**-100
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """The errors of a site's weighted sum, relative to the spread S.
+
+    Attributes:
+        operands: R/S of operands that the product itself rounds (TF32).
+        scaled: relative error of the entries that are rounded once they are scaled, or 0.
+        unit: relative error of an addition.
+    """
+
+    operands: float
+    scaled: float
+    unit: float
+
+    @classmethod
+    def of_matmul(cls, value: torch.Tensor) -> Rounding:
+        """Of ``half_matmul`` with one scaled operand."""
+        if value.dtype == torch.float64:
+            return cls(0.0, 0.0, 2.0**-53)
+        if value.dtype == torch.bfloat16:
+            return cls(0.0, 2.0**-8, 2.0**-24)
+        return cls(_float32_operands(value), 0.0, 2.0**-24)
+
+    @classmethod
+    def of_convolution(cls, value: torch.Tensor) -> Rounding:
+        """Of a float32 convolution: cuDNN uses TF32 unless told otherwise."""
+        if value.dtype == torch.float64:
+            return cls(0.0, 0.0, 2.0**-53)
+        return cls(2.0**-10 if value.is_cuda else _float32_operands(value), 0.0, 2.0**-24)
+
+    @classmethod
+    def of_scatter(cls, value: torch.Tensor) -> Rounding:
+        """Of additions in float32."""
+        return cls(0.0, 0.0, 2.0**-53 if value.dtype == torch.float64 else 2.0**-24)
+
+    @property
+    def coarse(self) -> bool:
+        """Whether operands are rounded to less than float32."""
+        return max(self.operands, self.scaled) > 0
+
+    @property
+    def k(self) -> float:
+        """How much more R² is held against n²."""
+        return 32.0 if self.coarse else 256.0
+
+    @property
+    def tolerance(self) -> float:
+        """τ: the slack, relative to n², that is left out."""
+        return 2.0**-5 if self.coarse else 2.0**-10
+
+    def spread_slack(self, spread: torch.Tensor, tokens: int | torch.SymInt) -> torch.Tensor:
+        """kR² of the sum over tokens and of the product's operands, from S."""
+        steps: Any = tokens if isinstance(tokens, int) else spread.new_full((), tokens)
+        error = (steps + 2) * self.unit + self.operands
+        return spread.square() * (error * error * self.k)
+
+    @property
+    def scaled_slack(self) -> float:
+        """kR² of rounding the scaled operand, relative to Σ ‖g_t‖‖g_s‖|a_t·a_s|."""
+        return self.k * self.scaled**2
+
+
+def _float32_operands(value: torch.Tensor) -> float:
+    """TF32 is assumed on a GPU: the setting may change after compilation."""
+    if value.is_cuda:
+        return 2.0**-10
+    return {"highest": 0.0, "high": 2.0**-10}.get(torch.get_float32_matmul_precision(), 2.0**-7)
+
+
+def row_norms(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """Norms along a dim, in float32 or wider, rather above than below."""
+    wide = x.float() if x.dtype in HALF else x
+    return (wide.square().sum(dim) + _FLOOR).sqrt()
+
+
+def gram(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """[..., T, d] x [..., d, S]: float32 from half precision on a GPU, else float64."""
+    if left.is_cuda and left.dtype in HALF and left.dtype == right.dtype:
+        return half_matmul(left, right)
+    return torch.matmul(left.double(), right.double())
+
+
+def gram_error(product: torch.Tensor, length: int | torch.SymInt) -> float:
+    """The largest error of ``gram`` relative to the two rows' norms.
+
+    ``length`` is the rows' length. That of the sum over pairs of tokens is put on top.
+    """
+    length = length if isinstance(length, int) else length.node.hint or 2**16
+    if product.dtype == torch.float64:
+        return (length + 64) * 2.0**-52
+    return length * 2.0**-26 + 2.0**-19
+
+
+def pair_sum(x: torch.Tensor) -> torch.Tensor:
+    """Σ over all but the samples: [B, ...] → [B]."""
+    return x.reshape(x.shape[0], -1).sum(1)
+
+
+def ghost_square(
+    left: torch.Tensor, right: torch.Tensor, rounding: Rounding, *, scale_left: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """‖L_i R_i‖² and its slack, [B] each, from [B, ..., m, T] and [B, ..., T, n].
+
+    Products of the dims between B and the last two are apart, each with its own spread.
+    """
+    tokens = left.shape[-1]
+    a, g = row_norms(left, -2), row_norms(right, -1)
+    spreads = (a * g).sum(-1)
+    slack = pair_sum(rounding.spread_slack(spreads, tokens))
+    if tokens == 1:
+        first, second = _own_product(left, -2).unsqueeze(-1), _own_product(right, -1).unsqueeze(-1)
+    else:
+        first, second = gram(left.mT, left), gram(right, right.mT)
+    square = pair_sum(first * second)
+    by_left, by_right = gram_error(first, left.shape[-2]), gram_error(second, right.shape[-1])
+    if tokens == 1 or (first.dtype == torch.float64 and rounding.scaled == 0.0):
+        error = by_left + by_right + rounding.scaled_slack
+        return square, slack + error * pair_sum(spreads.square())
+    if scale_left:
+        by_left += rounding.scaled_slack
+    else:
+        by_right += rounding.scaled_slack
+    error = by_left * (second.abs() * outer(a, a)) + by_right * (first.abs() * outer(g, g))
+    return square, slack + pair_sum(error)
+
+
+def _own_product(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """x·x along a dim, as precise as ``gram``."""
+    wide = x.float() if x.is_cuda and x.dtype in HALF else x.double()
+    return wide.square().sum(dim) + _FLOOR
+
+
+def ghost_product(
+    left: torch.Tensor, right: torch.Tensor, left2: torch.Tensor, right2: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """⟨L_i R_i, L'_i R'_i⟩ and its largest error, [B] each."""
+    first, second = gram(left.mT, left2), gram(right, right2.mT)
+    by_left = gram_error(first, left.shape[-2]) * (
+        second.abs() * outer(row_norms(left, -2), row_norms(left2, -2))
+    )
+    by_right = gram_error(second, right.shape[-1]) * (
+        first.abs() * outer(row_norms(right, -1), row_norms(right2, -1))
+    )
+    return pair_sum(first * second), pair_sum(by_left + by_right)
+
+
+def outer(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """[..., T] and [..., S] → [..., T, S]."""
+    return x.unsqueeze(-1) * y.unsqueeze(-2)
+
+
+def bounded_square(
+    squares: Sequence[torch.Tensor],
+    slacks: Sequence[torch.Tensor],
+    products: Sequence[torch.Tensor],
+    product_slacks: Sequence[torch.Tensor],
+    tolerance: float,
+) -> torch.Tensor:
+    """The squared norm [B] of a sum of sites that no contribution exceeds, in float32.
+
+    Args:
+        squares: of every site.
+        slacks: of every site. The sites' errors add up, so slacks add up as norms do.
+        products: inner products of every two sites.
+        product_slacks: the largest errors of those.
+        tolerance: τ.
+    """
+    square = sum(squares) + 2 * sum(products)
+    slack = slacks[0]
+    if products:
+        slack = sum(x.sqrt() for x in slacks).square() + 2 * sum(product_slacks)
+    # A select between the two would drop NaN; these keep it.
+    return (square.clamp(min=0) + (slack - tolerance * square).clamp(min=0)).float()
