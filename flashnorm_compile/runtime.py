@@ -102,8 +102,12 @@ class _Backward:
         mark_private_node(node)
         leaves = [getattr(following, "variable", None) for following, _ in node.next_functions]
         self.probe = next(i for i, leaf in enumerate(leaves) if leaf is probe)
-        # Where the node's gradients go: a leaf, or None for anything else.
-        self.leaves = [None if leaf is None else weakref.ref(leaf) for leaf in leaves]
+        # Where the node's gradients go: a leaf, or None for another node.
+        self.leaves = {
+            i: None if leaf is None else weakref.ref(leaf)
+            for i, leaf in enumerate(leaves)
+            if i != self.probe and node.next_functions[i][0] is not None
+        }
         node.register_prehook(self.before)
         node.register_hook(self.after)
 
@@ -176,9 +180,9 @@ class _Backward:
         self.state.observe(norms, self.settings)
         queue_backward_callback(self.verify)
         gradients = [
-            (self._leaf(i), gradient)
-            for i, gradient in enumerate(grad_inputs)
-            if gradient is not None and i != self.probe
+            (None if leaf is None else leaf(), gradient)
+            for i, leaf in self.leaves.items()
+            if (gradient := grad_inputs[i]) is not None
         ]
         if self.settings.accumulating:
             self.taken = [(self._require_leaf(leaf), gradient) for leaf, gradient in gradients]
@@ -230,10 +234,6 @@ class _Backward:
             part = gradient.detach().float()
             sums[parameter] = part if parameter not in sums else sums[parameter].add_(part)
         self.taken = []
-
-    def _leaf(self, index: int) -> torch.Tensor | None:
-        reference = self.leaves[index]
-        return None if reference is None else reference()
 
     def _require_leaf(self, leaf: torch.Tensor | None) -> torch.Tensor:
         if leaf is None:
