@@ -204,6 +204,8 @@ class Scales:
     def _of_call(self, node: fx.Node, arguments: dict[str, list[Scale]]) -> Scale:
         name = _short_name(node.target)
         scales = [scale for group in arguments.values() for scale in group]
+        if name == "randperm" and self._holds_batch(shape_exprs(node.meta["val"].shape)):
+            return Sized(node, _PLACES)
         if name in ("arange", "iota") and self._holds_batch(shape_exprs(node.meta["val"].shape)):
             return Position(node)
         positions = [scale for scale in scales if isinstance(scale, Position)]

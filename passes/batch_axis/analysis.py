@@ -15,7 +15,7 @@ from flashnorm_compile._torch import shape_exprs, size_expr
 from flashnorm_compile.passes.batch_axis import registry
 from flashnorm_compile.passes.batch_axis.call import Call, nodes_in, shape_of
 from flashnorm_compile.passes.batch_axis.registry import Entry
-from flashnorm_compile.passes.batch_axis.sized import SizedConstants
+from flashnorm_compile.passes.batch_axis.sized import COUNTS, SizedConstants
 from flashnorm_compile.passes.batch_axis.sizes import depends_on_data, product, same
 from flashnorm_compile.passes.batch_axis.values import Batched, Constant, Mixed, Value
 from flashnorm_compile.passes.batch_axis.writes import REPLACES_STORAGE, Writes
@@ -121,9 +121,10 @@ class _Driver:
         entry = registry.find(node.target)
         call = Call(node, self.values, self.batch)
         values = [v for n in _inputs(call, entry, self.values) for v in _flat(self._read(node, n))]
-        mixed = next((value for value in values if isinstance(value, Mixed)), None)
-        if mixed is not None:
-            return mixed
+        mixed = [value for value in values if isinstance(value, Mixed)]
+        if mixed:
+            # Samples that meet say more than constants that count them.
+            return next((value for value in mixed if value.reason != COUNTS), mixed[0])
         if all(isinstance(value, Constant) for value in values):
             return self._constants.value(call, entry)
         if entry is None or "val" not in node.meta:

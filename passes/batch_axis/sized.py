@@ -46,7 +46,8 @@ _KEEPS = frozenset(
 )  # fmt: skip
 # Fresh rows for new dims.
 _ROWS = frozenset({"aten.expand", "aten.repeat", "prims.broadcast_in_dim"})
-_RANGES = frozenset({"aten.arange", "prims.iota"})
+# What an index of them picks is for the rule of the indexing to say.
+_RANGES = frozenset({"aten.arange", "prims.iota", "aten.randperm"})
 
 
 class SizedConstants:
