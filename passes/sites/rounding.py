@@ -170,8 +170,8 @@ def ghost_square(
     square = pair_sum(first * second)
     by_left, by_right = gram_error(first, left.shape[-2]), gram_error(second, right.shape[-1])
     if tokens == 1 or (first.dtype == torch.float64 and rounding.scaled == 0.0):
-        error = by_left + by_right + rounding.scaled_slack
-        return square, slack + error * pair_sum(spreads.square())
+        whole = by_left + by_right + rounding.scaled_slack
+        return square, slack + whole * pair_sum(spreads.square())
     if scale_left:
         by_left += rounding.scaled_slack
     else:
