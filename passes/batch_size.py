@@ -241,7 +241,7 @@ class Scales:
     def _of_scaled(self, node: fx.Node, name: str, arguments: dict[str, list[Any]]) -> Scale:
         """A call on values of which some hold a factor of B."""
         everything = [scale for group in arguments.values() for scale in group]
-        exact = arguments.get("rounding_mode") in (None, [Scaled()], [])
+        exact = bind_arguments(node).get("rounding_mode") is None
         if name in ("div", "true_divide") and exact:
             (over,), (under,) = list(arguments.values())[:2]
             factor = self._cancel(over.factor / under.factor)
