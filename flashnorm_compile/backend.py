@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import copy
-import functools
-import hashlib
-import pathlib
-import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -18,11 +13,13 @@ from flashnorm_compile import _torch
 from flashnorm_compile.aliases import checked_each_call
 from flashnorm_compile.empty_batch import EmptyBatchGraph
 from flashnorm_compile.errors import PrivacyError
+from flashnorm_compile.graph_pass import GraphPass
 from flashnorm_compile.kept import refuse_changes, refuse_kept_samples
 from flashnorm_compile.optimizers import guard_optimizers
 from flashnorm_compile.options import Options
-from flashnorm_compile.passes.pipeline import Report, Request, make_private
-from flashnorm_compile.roles import Role, Roles, assign_roles
+from flashnorm_compile.passes.pipeline import Request
+from flashnorm_compile.passes.state_writes import StateWrites
+from flashnorm_compile.roles import Role, Roles, assign_roles, user_name
 from flashnorm_compile.runtime import PrivateGraph, StepState
 
 # torch.compile hands the same options object to the backend for every graph of a function; their
@@ -87,18 +84,6 @@ def refuse_module(module: torch.nn.Module) -> None:
     )
 
 
-def inductor_settings(mode: str | None) -> Mapping[str, Any]:
-    """Return Inductor's settings for a mode of ``torch.compile``.
-
-    Raises:
-        PrivacyError: there is no such mode.
-    """
-    modes = _torch.inductor_modes()
-    if mode is not None and mode not in modes:
-        raise PrivacyError(f"mode={mode!r} is not valid; choose one of {', '.join(modes)}.")
-    return {} if mode is None else modes[mode]
-
-
 def refusal(error: PrivacyError) -> Callable[..., Any]:
     """Return a callable that raises the error, every time."""
 
@@ -117,9 +102,8 @@ def compile_graph(
     try:
         frame = _torch.current_frame(gm)
         if not _is_training(gm):
-            _refuse_hidden_autograd(gm)
             refuse_changes(gm, frame, state.options.in_dims)
-            return _compile(gm, inputs, _Pass(None, state), state.options, mode)
+            return _compile_without_gradients(gm, inputs, state, mode)
         _refuse_splits(frame)
         _refuse_uncompiled_caller(frame)
         try:
@@ -132,6 +116,42 @@ def compile_graph(
         return checked_each_call(*roles.positions(), compiled)
     except PrivacyError as error:
         return refusal(error)
+
+
+def _compile_without_gradients(
+    gm: fx.GraphModule, inputs: Sequence[Any], state: StepState, mode: str | None
+) -> Callable[..., Any]:
+    """Compile what comes before or after the gradients of a step, or an evaluation of a model."""
+    _refuse_hidden_autograd(gm)
+    decorated = state.before_release is not None
+    check = None
+    # Evaluating a compiled model is as without us; an optimizer sees gradients, not samples.
+    if (decorated or torch.is_grad_enabled()) and not _torch.in_optimizer():
+        _refuse_functional_autograd(gm)
+        check = _watch_writes(gm)
+    joint_pass = GraphPass(state, check)
+    compiled = joint_pass.compile(gm, inputs, mode)
+    return compiled if joint_pass.error is None else refusal(joint_pass.error)
+
+
+def _refuse_functional_autograd(gm: fx.GraphModule) -> None:
+    for node in gm.graph.nodes:
+        if node.target is _torch.functional_grad:
+            raise PrivacyError(
+                "The step differentiates with torch.func outside of its loss, so gradients would "
+                f"leave it as they are ({_torch.source_location(node)}). Call backward() on the "
+                "loss, and read .grad."
+            )
+
+
+def _watch_writes(gm: fx.GraphModule) -> StateWrites:
+    sources = {
+        index: source
+        for index, node in enumerate(gm.graph.find_nodes(op="placeholder"))
+        if (source := _torch.input_source(node)) is not None
+    }
+    samples = {i for i, each in sources.items() if not (each.in_module or each.is_gradient)}
+    return StateWrites(samples, {i: user_name(each) for i, each in sources.items()})
 
 
 def _make_batch_symbolic(gm: fx.GraphModule, roles: Roles) -> None:
@@ -181,8 +201,8 @@ def _compile_training(
         loss_outside=state.options.loss_outside,
     )
     extended, extra = _append_state(gm, roles)
-    joint_pass = _Pass(request, state)
-    compiled = _compile(extended, [*inputs, *extra], joint_pass, state.options, mode)
+    joint_pass = GraphPass(state, request)
+    compiled = joint_pass.compile(extended, [*inputs, *extra], mode)
     if joint_pass.error is not None:
         return refusal(joint_pass.error)
     if not joint_pass.ran:
@@ -294,66 +314,3 @@ def _append_state(gm: fx.GraphModule, roles: Roles) -> tuple[fx.GraphModule, lis
     extended = fx.GraphModule(gm, graph)
     extended.meta = dict(gm.meta)
     return extended, list(extra.values())
-
-
-class _Pass(_torch.CustomGraphPass):
-    """The rewrite, as Inductor calls it; an inference graph goes through untouched.
-
-    A refusal is kept rather than raised, so that the compiler's own error does not wrap it.
-    """
-
-    def __init__(self, request: Request | None, state: StepState) -> None:
-        self.request = request
-        self.state = state
-        self.error: PrivacyError | None = None
-        self.ran = False
-
-    def __call__(self, graph: fx.Graph) -> None:
-        self.ran = True
-        if self.request is None:
-            return
-        try:
-            report: Report | None = make_private(graph, self.request)
-        except PrivacyError as error:
-            self.error = error
-            return
-        if report is not None:
-            self.state.reports.append(report)
-
-    def uuid(self) -> str:
-        """Identify the rewrite: its sources, the options and the versions."""
-        return self._uuid
-
-    @functools.cached_property
-    def _uuid(self) -> str:
-        # Where the environment forces AOTAutograd's cache on, a graph of ours must not be found
-        # there: it would come back without this pass having looked at it.
-        once = secrets.token_hex() if _torch.autograd_cache_is_on() else ""
-        request = "" if self.request is None else repr(self.request)
-        parts = (_sources_digest(), torch.__version__, astuple(self.state.options), request, once)
-        return hashlib.sha256(repr(parts).encode()).hexdigest()
-
-
-@functools.cache
-def _sources_digest() -> str:
-    import flashnorm_compile.kernels
-    import flashnorm_compile.passes
-
-    digest = hashlib.sha256()
-    for package in (flashnorm_compile, flashnorm_compile.passes, flashnorm_compile.kernels):
-        (folder,) = package.__path__
-        for path in sorted(pathlib.Path(folder).rglob("*.py")):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-def _compile(
-    gm: fx.GraphModule,
-    inputs: Sequence[Any],
-    joint_pass: _Pass,
-    options: Options,
-    mode: str | None,
-) -> Callable[..., Any]:
-    if options.lowering == "eager":
-        return _torch.compile_without_codegen(gm, inputs, joint_pass)
-    return _torch.compile_with_inductor(gm, inputs, joint_pass, inductor_settings(mode))

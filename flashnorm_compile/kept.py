@@ -40,17 +40,18 @@ def refuse_changes(gm: fx.GraphModule, frame: _torch.Frame, in_dims: Any) -> Non
         for node in gm.graph.find_nodes(op="placeholder")
         if may_hold_samples(node, frame, in_dims)
     ]
-    goes_on = frame.end is not None and (frame.end.is_backward or frame.end.is_optimizer)
+    end = frame.end
+    goes_on = end is not None and (end.is_backward or end.is_optimizer)
     if goes_on or any(broke.is_backward for broke in frame.earlier_breaks):
         _refuse_kept(gm, samples, on_modules_only=not goes_on)
-    if not goes_on or not samples:
+    if end is None or not goes_on or not samples:
         return
     for node in _torch.changed_inputs(gm):
         if node in samples:
             source = _torch.input_source(node)
             name = node.name if source is None else user_name(source)
             raise PrivacyError(
-                f"{frame.name} changes {name} before the graph break at {frame.end.location}: "
+                f"{frame.name} changes {name} before the graph break at {end.location}: "
                 f"what follows would take it for the samples that {frame.name} was called with. "
                 "Do that work after the break and on a copy, or outside the compiled function."
             )

@@ -14,7 +14,7 @@ LossReduction = Literal["mean", "sum"]
 Strategy = Literal["auto", "materialize", "ghost"]
 Lowering = Literal["inductor", "eager"]
 
-_CHOICES: dict[str, tuple[str, ...]] = {
+_CHOICES: dict[str, tuple[object, ...]] = {
     "loss_reduction": ("mean", "sum"),
     "strategy": ("auto", "materialize", "ghost"),
     "lowering": ("inductor", "eager"),

@@ -120,9 +120,10 @@ def assign_roles(graph: fx.Graph, frame: Frame, in_dims: Any) -> Roles:
         # Two symbols become one here, by a guard: other sizes compile another graph.
         if size_expr(size) != size_expr(batch_size) and not bool(size == batch_size):
             declared = {
-                each.name: declaration(input_source(placeholders[each.index]))
+                each.name: declaration(source)
                 for each in inputs
                 if each.name in (first, name)
+                and (source := input_source(placeholders[each.index])) is not None
             }
             raise PrivacyError(
                 f"The batch inputs disagree on the batch size: {first} has {batch_size} samples, "
@@ -244,7 +245,8 @@ def _unify_sizes(batch_inputs: list[fx.Node]) -> None:
 
 
 def _not_registered(source: InputSource, name: str) -> str:
-    attribute = source.path[source.module_depth] if source.path[source.module_depth :] else name
+    below_module = source.path[source.module_depth or 0 :]
+    attribute = below_module[0] if below_module else name
     return (
         f"{name} is a tensor that the module holds as a plain attribute, so it is not known "
         f"whether it holds samples. If it holds none, register it where it is made, "

@@ -24,9 +24,9 @@ def refuse_raw_backward(roots: Sequence[torch.Tensor], state: StepState) -> None
     """Refuse a backward pass that reaches a leaf other than through a private graph.
 
     Raises:
-        PrivacyError: there is such a leaf. Nothing was computed yet.
+        PrivacyError: there is such a leaf. Nothing was computed, and ``.grad`` is emptied.
     """
-    pending = [root.grad_fn for root in roots]
+    pending: list[Any] = [root.grad_fn for root in roots]
     seen = set(pending)
     while pending:
         node = pending.pop()
@@ -40,8 +40,8 @@ def refuse_raw_backward(roots: Sequence[torch.Tensor], state: StepState) -> None
                 f"backward() would compute a gradient of {name} that is not private: a part of "
                 "the step ran without the compiler, since Dynamo skipped it (a function that is "
                 "disabled for it, a loop or try block around a graph break, a compiler stance). "
-                "All gradients were discarded. Keep the forward, the loss and backward() in plain sight "
-                "of the compiled function; TORCH_LOGS=dynamo tells what was skipped."
+                "All gradients were discarded. Keep the forward, the loss and backward() in plain "
+                "sight of the compiled function; TORCH_LOGS=dynamo tells what was skipped."
             )
         for following, _ in node.next_functions:
             if following not in seen:

@@ -11,9 +11,10 @@ from typing import Any, Generic, ParamSpec, Protocol, TypeVar, overload
 import torch
 
 from flashnorm_compile import _torch
-from flashnorm_compile.backend import compile_graph, inductor_settings
+from flashnorm_compile.backend import compile_graph
 from flashnorm_compile.discarding import discard_reachable
 from flashnorm_compile.errors import PrivacyError
+from flashnorm_compile.graph_pass import inductor_settings
 from flashnorm_compile.kernels.noise import add_noise
 from flashnorm_compile.optimizers import guard_optimizers, running
 from flashnorm_compile.options import Options

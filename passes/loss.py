@@ -400,8 +400,9 @@ def check_reduction(
                 raise PrivacyError(
                     f"The step is made for batches of {batch} samples only, so it cannot be seen "
                     f"whether the factor {term.factor} in the loss stands for their number. It is "
-                    f"at {source_location(term.node)}. Use .{declared}() without a factor, or write "
-                    "the step for any batch size: compare or broadcast nothing with a fixed one."
+                    f"at {source_location(term.node)}. Use .{declared}() without a factor, or "
+                    "write the step for any batch size: compare or broadcast nothing with a fixed "
+                    "one."
                 )
             raise PrivacyError(
                 f'The loss is declared loss_reduction="{declared}", but it does not reduce over '

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from flashnorm_compile._torch import size_expr, source_location
+from flashnorm_compile._torch import shape_exprs, size_expr, source_location
 from flashnorm_compile.errors import PrivacyError
 from flashnorm_compile.passes.batch_axis import Batched, Constant, Mixed, Value, analyze
 from flashnorm_compile.passes.batch_axis.analysis import Analysis
@@ -168,10 +168,14 @@ def _checked_tangents(
         one_number = all(size_expr(size) == 1 for size in tangent.meta["val"].shape)
         (losses if one_number else others).append(tangent)
     if others and not losses:
-        shapes = [list(joint.tangents[tangent].meta["val"].shape) for tangent in others]
+        batch = size_expr(request.batch_size)
+        shapes = [
+            f"[{', '.join('B' if size == batch else str(size) for size in shape)}]"
+            for shape in (shape_exprs(tangent.meta["val"].shape) for tangent in others)
+        ]
         raise PrivacyError(
             f"The compiled function returns no loss, only outputs of shape "
-            f"{', '.join(map(str, shapes))}: what a loss outside does with the samples is not "
+            f"{', '.join(shapes)}: what a loss outside does with the samples is not "
             "seen. Compile the loss too; or promise, with the option loss_outside=True, that it "
             "is computed for each sample by itself and then reduced as loss_reduction says."
         )

@@ -82,7 +82,8 @@ def test_the_wheel_registers_the_backend_and_the_command(wheel: zipfile.ZipFile)
     sections = {
         lines[i].strip("[]"): lines[i + 1] for i in range(len(lines)) if lines[i].startswith("[")
     }
-    assert sections["torch_dynamo_backends"] == "flashnorm = flashnorm_compile.entry_point:flashnorm"
+    backend = "flashnorm = flashnorm_compile.entry_point:flashnorm"
+    assert sections["torch_dynamo_backends"] == backend
     assert sections["console_scripts"] == "flashnorm = flashnorm_compile.cli:main"
 
 

@@ -1,0 +1,96 @@
+"""AOTAutograd and Inductor."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import fx
+from torch._functorch import config as functorch_config
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+
+def decompositions() -> Mapping[Any, Callable[..., Any]]:
+    """Return Inductor's decompositions: the operations a joint graph is made of."""
+    # Some decompositions look up the lowerings without importing them.
+    import torch._inductor.lowering  # noqa: F401
+    from torch._inductor.decomposition import select_decomp_table
+
+    return select_decomp_table()
+
+
+def symbolic_tracing() -> contextlib.AbstractContextManager[None]:
+    """Trace with the Python versions of operations: some of C++ ask for concrete sizes."""
+    from torch._dispatch.python import enable_python_dispatcher
+
+    return enable_python_dispatcher()
+
+
+def inductor_modes() -> dict[str, dict[str, Any]]:
+    """Return the modes of ``torch.compile``, each with its settings of Inductor."""
+    import torch._inductor
+
+    return dict(torch._inductor.list_mode_options())
+
+
+def compile_with_inductor(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    joint_pass: CustomGraphPass,
+    settings: Mapping[str, Any],
+) -> Callable[..., Any]:
+    """Compile with Inductor; ``joint_pass`` sees the joint graph before it is partitioned."""
+    from torch._inductor.compile_fx import compile_fx
+
+    # AOTAutograd's cache would skip the pass in a second process. Inductor's own cache is keyed
+    # by the rewritten graphs, so it stays on.
+    with _without_autograd_cache():
+        compiled: Any = compile_fx(
+            gm,
+            list(inputs),
+            config_patches={**settings, "joint_custom_pre_pass": joint_pass},
+        )
+    return compiled
+
+
+def compile_without_codegen(
+    gm: fx.GraphModule, inputs: Sequence[Any], joint_pass: CustomGraphPass
+) -> Callable[..., Any]:
+    """Run the same rewritten graphs as they are, node by node."""
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+    def partition(joint: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+        joint_pass(joint.graph)
+        joint.recompile()
+        return min_cut_rematerialization_partition(joint, *args, **kwargs)
+
+    def run_as_is(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+        from torch._functorch.aot_autograd import make_boxed_func
+
+        return make_boxed_func(graph_module.forward)
+
+    def run_without_gradients(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+        joint_pass(graph_module.graph)
+        graph_module.recompile()
+        return run_as_is(graph_module, example_inputs)
+
+    compiler = aot_autograd(
+        fw_compiler=run_as_is,
+        inference_compiler=run_without_gradients,
+        partition_fn=partition,
+        decompositions=dict(decompositions()),
+        keep_inference_input_mutations=True,
+    )
+    with _without_autograd_cache():
+        return compiler(gm, list(inputs))
+
+
+def _without_autograd_cache() -> Any:
+    return functorch_config.patch(enable_autograd_cache=False, enable_remote_autograd_cache=False)
+
+
+def autograd_cache_is_on() -> bool:
+    """Return whether AOTAutograd's cache is used here: the environment can force it."""
+    return bool(functorch_config.enable_autograd_cache)
