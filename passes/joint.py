@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
-from flashnorm_compile._torch import descriptors
+from flashnorm_compile._torch import descriptors, is_in_place, source_location
 from flashnorm_compile.errors import PrivacyError
 
 
@@ -109,12 +110,34 @@ def read_joint_graph(graph: fx.Graph) -> JointGraph | None:
                     f"The step has an output that is not understood ({other}); tensor subclasses "
                     "are not supported."
                 )
+    writes |= _kept_writes(graph, {node: index for index, node in inputs.items()})
     tangents = {}
     for node, source in tangent_of.items():
         if source not in by_descriptor:
             raise PrivacyError(f"The gradient of the output {source} enters the step unexplained.")
         tangents[node] = by_descriptor[source]
     return JointGraph(graph, inputs, tangents, tuple(outputs), writes, gradients, tuple(tokens))
+
+
+def _kept_writes(graph: fx.Graph, inputs: dict[fx.Node, int]) -> dict[int, fx.Node]:
+    """Find the writes into inputs that AOTAutograd keeps in the graph, as copies.
+
+    Raises:
+        PrivacyError: something else than a whole input is written in place.
+    """
+    writes = {}
+    for node in graph.nodes:
+        if not is_in_place(node):
+            continue
+        target, value = (*node.args, None, None)[:2]
+        whole = node.target is torch.ops.aten.copy_.default and target in inputs
+        if not whole or not isinstance(value, fx.Node) or inputs[target] in writes:
+            raise PrivacyError(
+                f"The step writes in place in a way that is not understood ({node.target}, at "
+                f"{source_location(node)}). Use the function that returns a new tensor."
+            )
+        writes[inputs[target]] = value
+    return writes
 
 
 def _has_tangents(placeholders: list[fx.Node]) -> bool:

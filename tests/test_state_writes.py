@@ -34,6 +34,16 @@ def private_loss(model, x):
     model(x).square().mean().backward()
 
 
+def in_the_forward(model, x):
+    model.bank.add_(x.mean(0))
+    private_loss(model, x)
+
+
+def one_sample_in_the_forward(model, x):
+    model.bank[2] = x[0, 0]
+    private_loss(model, x)
+
+
 def to_a_buffer(model, x):
     private_loss(model, x)
     model.bank.add_(x.mean(0))
@@ -88,6 +98,8 @@ def the_loss_itself(model, x):
 @pytest.mark.parametrize(
     "function",
     [
+        in_the_forward,
+        one_sample_in_the_forward,
         to_a_buffer,
         to_a_buffer_without_gradients,
         to_a_buffer_in_a_function,
@@ -138,6 +150,30 @@ def test_what_follows_from_private_gradients_is_free():
         step(model, torch.randn(4, 6))
     assert model.steps == 2
     assert not torch.equal(model.linear.weight, before)
+
+
+@pytest.mark.parametrize(
+    "lowering", ["eager", pytest.param("inductor", marks=pytest.mark.inductor)]
+)
+def test_state_without_samples_is_kept_up(lowering):
+    """A counter, and an average of weights, in the middle of the forward."""
+
+    @fn.dp_step(**OPTIONS | {"lowering": lowering})
+    def step(model, x):
+        model.steps.add_(1)
+        with torch.no_grad():
+            model.average.weight.lerp_(model.linear.weight, 0.5)
+        model(x).square().mean().backward()
+
+    model = Banked()
+    before = model.average.weight.clone()
+    with torch.no_grad():
+        model.linear.weight.add_(1)
+    for size in (4, 1, 3):
+        model.zero_grad()
+        step(model, torch.randn(size, 6))
+    assert model.steps == 3
+    torch.testing.assert_close(model.average.weight, before + 1 - 0.5**3)
 
 
 def test_evaluation_of_a_compiled_model_writes_what_it_likes():

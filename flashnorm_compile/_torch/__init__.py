@@ -27,6 +27,7 @@ from flashnorm_compile._torch.frames import (
 )
 from flashnorm_compile._torch.graphs import (
     effect_of,
+    is_in_place,
     number_expr,
     shape_exprs,
     size_expr,
@@ -76,6 +77,7 @@ __all__ = [
     "in_optimizer",
     "inductor_modes",
     "input_source",
+    "is_in_place",
     "kept_tensors",
     "last_unexpected_break",
     "left_out_module",

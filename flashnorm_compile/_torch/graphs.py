@@ -61,3 +61,9 @@ def effect_of(node: fx.Node) -> Any | None:
     from torch._higher_order_ops.effects import with_effects
 
     return node.args[1] if node.target is with_effects else None
+
+
+def is_in_place(node: fx.Node) -> bool:
+    """Return whether a node's operation writes into one of its arguments."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and bool(schema.is_mutable)
