@@ -109,6 +109,8 @@ def _rewrite(joint: JointGraph, request: Request) -> Plan:
         scales = Scales(joint, analysis, mean=mean) if varies else None
     refuse_effects(joint.graph, analysis.values)
     refuse_state_writes(joint, analysis.values, request)
+    if scales is not None:
+        _refuse_batch_size_in_state(joint, scales, request)
     losses, zeros = _checked_tangents(joint, analysis, request)
 
     context = Context(emit, analysis, batch)
@@ -211,6 +213,17 @@ def refuse_state_writes(joint: JointGraph, values: dict[fx.Node, Value], request
             "layer without running statistics (GroupNorm, LayerNorm) or put the layer in eval "
             "mode."
         )
+
+
+def _refuse_batch_size_in_state(joint: JointGraph, scales: Scales, request: Request) -> None:
+    for index, written in joint.state_writes.items():
+        if not scales.is_free(written):
+            name = request.names.get(index, f"input {index}")
+            raise PrivacyError(
+                f"The step writes a value that depends on the number of samples into {name}; how "
+                "many there are is private too, and would be read off it without noise "
+                f"({source_location(written)}). Count with the expected batch size."
+            )
 
 
 def _taint(joint: JointGraph, request: Request) -> dict[fx.Node, Value]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from flashnorm_compile._torch import descriptors, source_location
+from flashnorm_compile._torch import descriptors, is_in_place, source_location
 from flashnorm_compile.errors import PrivacyError
 
 aten = torch.ops.aten
@@ -27,31 +27,34 @@ class StateWrites:
     names: Mapping[int, str]
 
     def __call__(self, graph: fx.Graph) -> None:
-        """Check AOTAutograd's graph; writes into inputs are copies at its end.
+        """Check AOTAutograd's graph: writes into inputs are copies at its end, or outputs.
 
         Raises:
             PrivacyError: state would hold data without noise.
         """
-        inputs: dict[fx.Node, int | None] = {}
-        tainted: set[fx.Node] = set()
-        for node in graph.find_nodes(op="placeholder"):
-            match node.meta.get("desc"):
-                case descriptors.PlainAOTInput(idx=index):
-                    inputs[node] = index
-                case _:
-                    inputs[node] = None
-            if inputs[node] is None or inputs[node] in self.samples:
-                tainted.add(node)
+        placeholders = graph.find_nodes(op="placeholder")
+        inputs = {node: _position(node.meta.get("desc")) for node in placeholders}
+        tainted = {
+            node for node, index in inputs.items() if index is None or index in self.samples
+        }
         for node in graph.nodes:
             if not any(arg in tainted for arg in node.all_input_nodes):
                 continue
             tainted.add(node)
-            target = node.args[0] if node.args else None
-            if node.target is aten.copy_.default and target in inputs and target not in tainted:
-                self._refuse(node, inputs[target])  # type: ignore[index]
+            if is_in_place(node):
+                target, written = (*node.args, None, None)[:2]
+                if node.target is aten.copy_.default and target in tainted:
+                    continue
+                self._refuse(written, inputs.get(target))  # type: ignore[arg-type]
+        output = graph.output_node()
+        for value, descriptor in zip(output.args[0], output.meta["desc"], strict=True):  # type: ignore[arg-type]
+            match descriptor:
+                case descriptors.InputMutationAOTOutput(mutated_input=written_to):
+                    index = _position(written_to)
+                    if value in tainted and index not in self.samples:
+                        self._refuse(value, index)
 
-    def _refuse(self, node: fx.Node, index: int | None) -> None:
-        written = node.args[1]
+    def _refuse(self, written: object, index: int | None) -> None:
         location = source_location(written) if isinstance(written, fx.Node) else ""
         name = "a tensor" if index is None else self.names.get(index, f"input {index}")
         raise PrivacyError(
@@ -59,3 +62,10 @@ class StateWrites:
             f"out without noise ({location}). Take it from .grad or the parameters, which are "
             "private, or do it in a step of its own that spends privacy."
         )
+
+
+def _position(descriptor: object) -> int | None:
+    match descriptor:
+        case descriptors.PlainAOTInput(idx=index):
+            return int(index)
+    return None

@@ -22,7 +22,10 @@ from oracle import assert_matches_oracle
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
+from zoo_dense import mlp
 from zoo_modules import all_cases
+
+import flashnorm_compile as fn
 
 CASES = all_cases()
 
@@ -303,3 +306,38 @@ def test_one_large_case():
         lambda model, x, y: F.mse_loss(model(x), y),
     )
     check_case(case, "auto")
+
+
+def sizes_first(model, x, y):
+    size, width = x.shape
+    loss = F.cross_entropy(model(x.reshape(size, width)), y)
+    loss.backward()
+    return loss.detach() * size
+
+
+def flattened_first(model, x, y):
+    x = x.view(x.size(0), -1)
+    loss = F.cross_entropy(model(x), y)
+    loss.backward()
+    return loss.detach() * x.shape[0]
+
+
+@pytest.mark.parametrize("function", [sizes_first, flattened_first])
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_step_that_reads_the_size_of_the_batch(function, by_name):
+    """Before the forward and after it: a number at first, a symbol when traced again."""
+    options = {
+        "max_grad_norm": 0.4, "noise_multiplier": 0.0, "expected_batch_size": 4,
+        "lowering": "eager",
+    }
+    if by_name:
+        step = torch.compile(function, backend="flashnorm", options=options)
+    else:
+        step = fn.dp_step(function, **options)
+    model = mlp()
+    for size in (4, 7, 1, 3):
+        x, y = torch.randn(size, 6), torch.randint(3, (size,))
+        model.zero_grad()
+        loss = step(model, x, y)
+        torch.testing.assert_close(loss, F.cross_entropy(model(x), y).detach() * size)
+        assert all(parameter.grad is not None for parameter in model.parameters())

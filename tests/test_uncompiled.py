@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 
+import helper_breaks
 import pytest
 import torch
 from driver import gradients_of
@@ -103,9 +104,9 @@ class Trainer:
 
     def __init__(self):
         self.first, self.second = nn.Linear(6, 3), nn.Linear(6, 4)
+        self.x = torch.randn(4, 6)
 
     def step(self, x):
-        self.x = x * 1
         self.first(x).square().mean().backward()
         (100 * self.second(self.x)).square().mean().backward()
 
@@ -195,3 +196,35 @@ def test_other_threads_run_their_own_backward():
     step(mlp(), torch.randn(4, 6))
     assert not errors
     assert all(grad is not None for grad in gradients_of(public).values())
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_break_in_a_function_of_another_file(by_name):
+    """The break's line is there; the step that it splits is here."""
+
+    def function(model, x):
+        helper_breaks.centre(x)
+        model(x).square().mean().backward()
+
+    if by_name:
+        step = torch.compile(function, backend="flashnorm", options=OPTIONS)
+    else:
+        step = fn.dp_step(function, **OPTIONS)
+    model = mlp()
+    with pytest.raises(fn.PrivacyError, match=r"graph break before the forward .*helper_breaks"):
+        step(model, torch.randn(4, 6))
+    assert not any(gradients_of(model).values())
+
+
+def test_weights_loaded_in_the_step():
+    """A break in torch's own files."""
+
+    @fn.dp_step(**OPTIONS)
+    def step(model, x):
+        model.load_state_dict({"weight": x[:3], "bias": x[0, :3]})
+        model(x).square().mean().backward()
+
+    model = nn.Linear(6, 3)
+    with pytest.raises(fn.PrivacyError):
+        step(model, torch.randn(4, 6))
+    assert not any(gradients_of(model).values())

@@ -16,10 +16,17 @@ from torch import fx
 
 @dataclass(frozen=True)
 class GraphBreak:
-    """A graph break: why, and where in the user's code."""
+    """A graph break: why, and where.
+
+    Attributes:
+        reason: Dynamo's words.
+        location: the line that broke the graph, which may lie in a function called.
+        file, line, function: where that is in the function that Dynamo compiles; "" if unknown.
+    """
 
     reason: str
     location: str
+    file: str
     line: int
     function: str
 
@@ -91,9 +98,9 @@ def current_frame(gm: fx.GraphModule) -> Frame:
         earlier = tuple(
             broke
             for broke in dict.fromkeys(found)
-            if broke.location.startswith(f"{original.co_filename}:")
-            and broke.function == original.co_name
-            and broke.line <= line
+            if not broke.file
+            or ((broke.file, broke.function) == (original.co_filename, original.co_name)
+            and broke.line <= line)
         )
     reason = getattr(gm, "compile_subgraph_reason", None)
     return Frame(
@@ -177,11 +184,12 @@ def _graph_break(reason: Any) -> GraphBreak:
     # user_stack[0] is the frame that Dynamo compiles; the last entry is the line that broke it.
     stack = reason.user_stack
     if not stack:
-        return GraphBreak(reason.reason, "", 0, "")
+        return GraphBreak(reason.reason, "an unknown line", "", 0, "")
     outer, inner = stack[0], stack[-1]
     return GraphBreak(
         reason=reason.reason,
         location=f"{inner.filename}:{inner.lineno}, code: {inner.line}",
+        file=outer.filename,
         line=outer.lineno or 0,
         function=outer.name,
     )

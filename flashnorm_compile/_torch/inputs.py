@@ -133,4 +133,8 @@ def mark_symbolic(placeholder: fx.Node, dim: int) -> bool:
 
 def trace_again(reason: str) -> NoReturn:
     """Make Dynamo trace the frame anew, from inside a backend."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    # What the first trace found out need not hold in the second, which sees symbols.
+    InstructionTranslator.current_tx().speculation_log.clear()
     raise TensorifyScalarRestartAnalysis(restart_reason=reason)
