@@ -105,8 +105,8 @@ def compile_graph(
             refuse_changes(gm, frame, state.options.in_dims)
             return _compile_without_gradients(gm, inputs, state, mode)
         _refuse_splits(frame)
-        _refuse_uncompiled_caller(frame)
         try:
+            _refuse_uncompiled_caller(frame)
             roles = assign_roles(gm.graph, frame, state.options.in_dims)
         except PrivacyError as error:
             raise _with_break(error) from error
