@@ -229,14 +229,26 @@ class Scales:
         reduced = self._reduced(node, name)
         linear = [scale for scale in scales if isinstance(scale, Scaled)]
         if all(scale.factor == 1 for scale in linear) and reduced == 1:
-            tensors = [self.of(arg) for arg in node.all_input_nodes]
-            moved = name in _LINEAR or _moves(node) or name == "expand"
-            zero = moved and all(isinstance(s, Scaled) and s.zero for s in tensors)
-            return Scaled(zero=zero and bool(tensors))
+            return Scaled(zero=self._is_zero(node, name, arguments))
         found = self._of_scaled(node, name, arguments)
         if isinstance(found, Scaled) and reduced != 1:
             return Scaled(self._cancel(found.factor * reduced), found.origin or node, found.zero)
         return found
+
+    def _is_zero(self, node: fx.Node, name: str, arguments: dict[str, list[Any]]) -> bool:
+        """Tell whether a call without B gives zeros, which go with any factor."""
+        if name in _PRODUCTS:
+            addends, factors = (
+                [scale.zero for key in keys for scale in arguments.get(key, ())]
+                for keys in _PRODUCTS[name]
+            )
+            return all(addends) and any(factors)
+        if name == "copy":
+            return all(scale.zero for scale in arguments["src"])
+        tensors = [self.of(arg) for arg in node.all_input_nodes]
+        moved = name in _LINEAR or _moves(node) or name == "expand"
+        zeros = all(isinstance(scale, Scaled) and scale.zero for scale in tensors)
+        return moved and bool(tensors) and zeros
 
     def _of_scaled(self, node: fx.Node, name: str, arguments: dict[str, list[Any]]) -> Scale:
         """A call on values of which some hold a factor of B."""

@@ -278,7 +278,8 @@ def test_identical_samples_and_zero_gradients(strategy):
     x[0], x[2], y[2] = 0.0, x[3], y[3]
     expected = clip(run_oracle(case, (x, y)), 0.5, "mean")
     actual = run_private(case, strategy, "eager", max_grad_norm=0.5, batch=(x, y))
-    assert actual.norms[0] == 0
+    # Not 0: ghost norms never underflow (passes/sites/rounding.py).
+    assert actual.norms[0] < 1e-14
     assert actual.factors[0] == 1
     assert_matches_oracle(expected, norms=actual.norms, factors=actual.factors, grads=actual.grads)
 

@@ -327,12 +327,12 @@ def test_backward_twice_releases_no_raw_gradient():
         loss.backward(retain_graph=True)
         loss.backward()
 
-    try:
+    # torch itself refuses to retain what a compiled backward gives away.
+    expected = r"second backward|donated buffer"
+    with pytest.raises((fn.PrivacyError, RuntimeError), match=expected):
         step(model, torch.randn(4, 6))
-    except fn.PrivacyError:
-        return
-    total = torch.cat([param.grad.flatten() for param in model.parameters()]).norm()
-    assert total <= 2 * 4e-3 * 1.001
+    total = [param.grad.flatten() for param in model.parameters() if param.grad is not None]
+    assert not total or torch.cat(total).norm() <= 4e-3 * 1.001
 
 
 def test_second_loss_that_bypasses_the_graph():

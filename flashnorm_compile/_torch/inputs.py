@@ -121,7 +121,11 @@ def mark_symbolic(placeholder: fx.Node, dim: int) -> bool:
     Returns:
         Whether that is news; if so, tracing must start again.
     """
-    value = getattr(placeholder.meta.get("grapharg"), "example", None)
+    argument = placeholder.meta.get("grapharg")
+    if argument is None or argument.pass_arg_as_tensor:
+        # An array becomes another tensor in every trace; the mark would not be found there.
+        return False
+    value = argument.example
     old = torch.__version__.split(".")[:2] < ["2", "13"]
     name = _OLD_MARKS if old else _MARKS
     marked: set[int] = getattr(value, name, set())
