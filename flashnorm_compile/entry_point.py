@@ -5,6 +5,7 @@ from __future__ import annotations
 from flashnorm_compile import _torch
 from flashnorm_compile.backend import flashnorm, refuse_module
 from flashnorm_compile.errors import PrivacyError
+from flashnorm_compile.roots import refuse_raw_backward
 
 __all__ = ["flashnorm"]
 
@@ -19,3 +20,4 @@ _torch.before_module_compile(refuse_module, flashnorm)
 if (module := _torch.left_out_module()) is not None:
     refuse_module(module)
 _torch.skip_logging_for(flashnorm)
+_torch.before_backward_in(flashnorm, refuse_raw_backward)

@@ -20,11 +20,15 @@ def mark_private_node(node: Any) -> None:
     node.metadata[_PRIVATE] = True
 
 
-def refuse_raw_backward(roots: Sequence[torch.Tensor], state: StepState) -> None:
+def refuse_raw_backward(roots: Sequence[torch.Tensor], state: StepState | None = None) -> None:
     """Refuse a backward pass that reaches a leaf other than through a private graph.
 
+    Args:
+        roots: what it starts from.
+        state: of the step around it, if known: its gradients so far are discarded.
+
     Raises:
-        PrivacyError: there is such a leaf. Nothing was computed, and ``.grad`` is emptied.
+        PrivacyError: there is such a leaf. Nothing was computed.
     """
     pending: list[Any] = [root.grad_fn for root in roots]
     seen = set(pending)
@@ -33,14 +37,15 @@ def refuse_raw_backward(roots: Sequence[torch.Tensor], state: StepState) -> None
         if node is None or _PRIVATE in node.metadata:
             continue
         if (leaf := getattr(node, "variable", None)) is not None:
-            name = state.parameters.get(leaf, f"a tensor of shape {tuple(leaf.shape)}")
-            for parameter in state.parameters:
+            known = {} if state is None else state.parameters
+            name = known.get(leaf, f"a tensor of shape {tuple(leaf.shape)}")
+            for parameter in known:
                 parameter.grad = None
             raise PrivacyError(
                 f"backward() would compute a gradient of {name} that is not private: a part of "
                 "the step ran without the compiler, since Dynamo skipped it (a function that is "
                 "disabled for it, a loop or try block around a graph break, a compiler stance). "
-                "All gradients were discarded. Keep the forward, the loss and backward() in plain "
+                "It was not run. Keep the forward, the loss and backward() in plain "
                 "sight of the compiled function; TORCH_LOGS=dynamo tells what was skipped."
             )
         for following, _ in node.next_functions:

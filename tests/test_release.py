@@ -245,7 +245,10 @@ def test_optimizer_is_guarded_for_the_backend_by_name():
     optimizer.step()
     optimizer.zero_grad()
     with torch.compiler.set_stance("force_eager"):
-        compiled(torch.randn(4, 40))
+        with pytest.raises(fn.PrivacyError, match="would compute a gradient of"):
+            compiled(torch.randn(4, 40))
+        assert model.weight.grad is None
+        model(torch.randn(4, 40)).square().mean().backward()
     with pytest.raises(fn.PrivacyError, match="did not come out of a private backward"):
         optimizer.step()
     assert model.weight.grad is None

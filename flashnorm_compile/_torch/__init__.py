@@ -7,7 +7,11 @@ from torch._functorch.eager_transforms import _autograd_grad as functional_grad
 from torch._guards import detect_fake_mode
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from flashnorm_compile._torch.backward import before_backward, queue_backward_callback
+from flashnorm_compile._torch.backward import (
+    before_backward,
+    before_backward_in,
+    queue_backward_callback,
+)
 from flashnorm_compile._torch.compilers import (
     autograd_cache_is_on,
     compile_with_inductor,
@@ -62,6 +66,7 @@ __all__ = [
     "active_ddp_module",
     "autograd_cache_is_on",
     "before_backward",
+    "before_backward_in",
     "before_module_compile",
     "changed_inputs",
     "compile_with_inductor",
