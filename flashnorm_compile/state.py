@@ -115,7 +115,7 @@ class StepState:
 
     def next_key(self, device: torch.device) -> torch.Tensor:
         """Return the key of the next release, int64 (seed, release number), and use it up."""
-        return torch.tensor(self.noise.next(), dtype=torch.int64, device=device)
+        return _on_device(self.noise.next(), torch.int64, device)
 
     def scalars(self, settings: Settings, device: torch.device) -> torch.Tensor:
         """Return float32 (C, σC, 1/E); without noise and division while accumulating."""
@@ -123,7 +123,7 @@ class StepState:
         noise, scale = settings.noise_multiplier * clip, 1.0 / self.divisor
         if settings.accumulating:
             noise, scale = 0.0, 1.0
-        return torch.tensor([clip, noise, scale], dtype=torch.float32, device=device)
+        return _on_device([clip, noise, scale], torch.float32, device)
 
     def observe(self, norms: torch.Tensor, settings: Settings) -> None:
         """Take the norms of a backward; refuse one whose loss was changed from outside."""
@@ -170,6 +170,15 @@ class StepState:
         self._refusals.append(_Refusal(flag, message))
         if flag.device.type == "cpu":
             self.check_seed()
+
+
+def _on_device(
+    numbers: Sequence[float], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Return a tensor of a few numbers without waiting for what the device has to do before."""
+    pinned = device.type == "cuda"
+    values = torch.tensor(numbers, dtype=dtype, device="cpu", pin_memory=pinned)
+    return values.to(device, non_blocking=True)
 
 
 _SEED_CHANGED = (

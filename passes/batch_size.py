@@ -274,7 +274,8 @@ class Scales:
             tensors = [key for key in arguments if any(True for _ in nodes_in(bound[key]))]
             addends, result = tensors, Scaled(zero=True)
         elif "_backward" in name:
-            addends = [key for key in arguments if key.startswith("grad")]
+            # grad_input_mask tells which gradients are wanted.
+            addends = [key for key in arguments if key.startswith("grad") and "mask" not in key]
             result = Scaled(zero=True)
         else:
             return self._nonlinear(node, everything)

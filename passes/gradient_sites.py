@@ -52,6 +52,7 @@ _LINEAR = {
     aten.mean.dim,
     aten.mean.default,
     aten.flip.default,
+    prims.rev.default,
     aten.roll.default,
     aten.tril.default,
     aten.triu.default,
@@ -112,7 +113,8 @@ class ParameterGradient:
     def orientation(self, site: Site) -> bool | None:
         """Return whether the parameter's gradient is the site's, transposed; None if neither.
 
-        Only a path of isometries and sums that keeps the shape, or swaps the two dims, has one.
+        Only a path of isometries and sums that keeps the sign, and keeps the shape or swaps the
+        two dims, has one.
         """
         if self.affine:
             return None
@@ -128,10 +130,12 @@ class ParameterGradient:
                 if ndim > 2:
                     return None
                 swapped ^= ndim == 2 and _permutation(user) == [1, 0]
-            elif user.target in ISOMETRIES:
+            elif user.target in ISOMETRIES - {aten.neg.default}:
                 if user.meta["val"].shape != node.meta["val"].shape:
                     return None
             elif user.target is not aten.add.Tensor or user.kwargs or len(user.args) != 2:
+                return None
+            elif user.args[0] is user.args[1]:
                 return None
             node = user
         return swapped

@@ -149,13 +149,8 @@ def _release(
 def _samples_in_place(gradient: ParameterGradient, norms: Norms) -> fx.Node | None:
     """The per-sample gradients, where they lie as the parameter does."""
     if len(gradient.sites) == 1 and (samples := norms.per_sample.get(gradient.sites[0].node)):
-        in_place = gradient.orientation(gradient.sites[0]) is False
-        return samples if in_place and not _negates(gradient) else None
+        return samples if gradient.orientation(gradient.sites[0]) is False else None
     return norms.per_sample.get(gradient.output)
-
-
-def _negates(gradient: ParameterGradient) -> bool:
-    return any(node.target is torch.ops.aten.neg.default for node in gradient.tail)
 
 
 def _sum_over_samples(

@@ -15,6 +15,7 @@ from oracle import (
     sample_gradients,
 )
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 import flashnorm_compile as fn
 
@@ -38,6 +39,7 @@ class Case:
         in_dims: batch axes by name, for inputs that are a dict; None is axis 0 everywhere.
         batch_size: how many samples.
         precision: a row of ``oracle.TOLERANCES``.
+        device: where model and batch are.
     """
 
     name: str
@@ -48,14 +50,19 @@ class Case:
     in_dims: Any = None
     batch_size: int = 4
     precision: str = "float32"
+    device: str = "cpu"
 
     def build_model(self) -> nn.Module:
         torch.manual_seed(SEED)
-        return self.model()
+        return self.model().to(self.device)
 
     def build_batch(self, batch_size: int | None = None) -> Any:
         torch.manual_seed(SEED + 1)
-        return self.inputs(self.batch_size if batch_size is None else batch_size)
+        batch = self.inputs(self.batch_size if batch_size is None else batch_size)
+        return pytree.tree_map(self._moved, batch)
+
+    def _moved(self, leaf: Any) -> Any:
+        return leaf.to(self.device) if isinstance(leaf, Tensor) else leaf
 
 
 @dataclass(frozen=True)

@@ -193,3 +193,16 @@ def test_norm_of_a_sample_does_not_depend_on_the_others(dynamic):
         step(net, *(part[:size] for part in batch))
         norms.append(float(step.per_sample_norms[0]))
     assert norms == pytest.approx([norms[0]] * 4, rel=1e-5)
+
+
+def test_gradients_of_fused_attention_keep_the_factor_of_the_mean():
+    """By its shapes: nothing but a GPU runs the operation."""
+
+    def loss(net, x):
+        heads = net(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        attend = torch.ops.aten._scaled_dot_product_efficient_attention
+        return attend(*heads, None, True)[0].square().mean()
+
+    step = private_step(loss)
+    with pytest.raises(NotImplementedError, match="_scaled_dot_product_efficient_attention"):
+        step(nn.Linear(8, 24), torch.randn(B, T, 8))

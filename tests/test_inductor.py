@@ -14,8 +14,7 @@ from zoo_modules import all_cases
 CASES = all_cases()
 pytestmark = pytest.mark.inductor
 
-
-@pytest.mark.parametrize(("name", "strategy"), [
+SITES = [
     # index_put, scatter_add and slice_scatter, into a table of each sample's own
     ("sharing-embedding_padding_idx", "materialize"),
     ("sharing-indexed_columns", "auto"),
@@ -36,7 +35,10 @@ pytestmark = pytest.mark.inductor
     ("losses-masked_token_mean", "auto"),
     # float32 sums in a bfloat16 model
     ("calls-bfloat16_tied_head", "auto"),
-])
+]
+
+
+@pytest.mark.parametrize(("name", "strategy"), SITES)
 def test_matches_oracle(name, strategy):
     check_case(CASES[name], strategy, lowering="inductor")
 

@@ -37,7 +37,7 @@ ATTENTION.add(
     "multihead_attention_padding_mask", lambda: SelfAttention(batch_first=True),
     lambda size: (torch.randn(size, 6, 8), torch.arange(size) % 4 + 3),
     lambda model, x, lengths: model(
-        x, key_padding_mask=torch.arange(6) >= lengths[:, None]).square().mean())
+        x, key_padding_mask=torch.arange(6, device=x.device) >= lengths[:, None]).square().mean())
 
 
 class FusedAttention(nn.Module):
@@ -50,7 +50,8 @@ class FusedAttention(nn.Module):
 
     def forward(self, x):
         heads = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
-        mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril() if self.masked else None
+        length = x.shape[1]
+        mask = x.new_ones(length, length, dtype=torch.bool).tril() if self.masked else None
         mixed = F.scaled_dot_product_attention(*heads, attn_mask=mask, is_causal=self.causal)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
@@ -115,11 +116,12 @@ class Positions(nn.Module):
         if self.kind == "parameter":
             positions = self.positions[:, :length]
         elif self.kind == "arange":
-            positions = self.positions(torch.arange(length))
+            positions = self.positions(torch.arange(length, device=ids.device))
         elif self.kind == "buffer":
             positions = self.positions(self.position_ids[:, :length])
         else:
-            positions = self.positions(torch.arange(length)[None].expand(ids.shape[0], -1))
+            places = torch.arange(length, device=ids.device)
+            positions = self.positions(places[None].expand(ids.shape[0], -1))
         return self.head((self.words(ids) + positions).tanh())
 
 
@@ -249,7 +251,7 @@ class RelativeBias(nn.Module):
         self.bias, self.qkv = nn.Embedding(7, 2), nn.Linear(8, 24)
 
     def forward(self, x):
-        places = torch.arange(x.shape[1])
+        places = torch.arange(x.shape[1], device=x.device)
         bias = self.bias((places[:, None] - places[None]).clamp(-3, 3) + 3).permute(2, 0, 1)[None]
         query, key, value = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
         scores = query @ key.transpose(-1, -2) + bias

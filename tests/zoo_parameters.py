@@ -161,7 +161,7 @@ class Inverse(nn.Module):
         if self.triangular:
             return torch.linalg.solve_triangular(weight.tril(-1), weight, upper=False,
                                                  unitriangular=True)
-        return torch.linalg.inv(weight + 3 * torch.eye(len(weight)))
+        return torch.linalg.inv(weight + 3 * torch.eye(len(weight), device=weight.device))
 
 
 def inverse_of_weight(*, triangular: bool) -> nn.Module:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from driver import Zoo
 from torch import nn
@@ -242,15 +244,26 @@ SHARING.add("concatenated_weights", ConcatenatedWeights, regression(5, 6, target
 class FunctionOfWeight(nn.Module):
     """A weight used through a function of itself, and as it is."""
 
-    def __init__(self):
+    def __init__(self, function):
         super().__init__()
+        self.function = function
         self.weight = nn.Parameter(torch.randn(6, 6) / 2)
 
     def forward(self, x):
-        return F.linear(F.linear(x, self.weight.softmax(-1)).tanh(), self.weight)
+        return F.linear(F.linear(x, self.function(self.weight)).tanh(), self.weight)
 
 
-SHARING.add("weight_through_softmax_and_raw", FunctionOfWeight, regression(6, targets=(6,)), mse)
+for name, function in {
+    "softmax": lambda w: w.softmax(-1),
+    "negation": lambda w: -w,
+    "difference": lambda w: 0.5 - w,
+    "double": lambda w: w + w,
+    "reversed_columns": lambda w: w.flip(-1),
+    "transposition": lambda w: w.t(),
+    "new_shape_of_transposition": lambda w: w.t().reshape(4, 9).t().reshape(6, 6),
+}.items():
+    SHARING.add(f"weight_through_{name}_and_raw", functools.partial(FunctionOfWeight, function),
+                regression(5, 6, targets=(5, 6)), mse)
 
 
 class Siamese(nn.Module):

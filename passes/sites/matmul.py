@@ -169,13 +169,13 @@ class MatmulSite(Site):
             return None
         extra, emit = 8 - rows % 8, self.context.emit
         if self.left.target is not aten.permute.default:
-            return emit(lambda x: _pad(x, 0, extra), self.left, before=self.node)
+            return emit(lambda x: _with_rows(x, extra), self.left, before=self.node)
         base = self.left.args[0]
-        padded = emit(lambda x: _pad(x, extra, 0), base, before=base.next, like=base)
+        padded = emit(lambda x: _with_columns(x, extra), base, before=base.next, like=base)
         for user in list(base.users):
             if user.target is aten.mm.default and user.args[0] is base:
                 # In place: other sites hold on to the node, whose value stays the same.
-                weight = emit(lambda w: _pad(w, 0, extra), user.args[1], before=user)
+                weight = emit(lambda w: _with_rows(w, extra), user.args[1], before=user)
                 user.args = (padded, weight)
         return emit(lambda x: x.permute(1, 0), padded, before=self.node)
 
@@ -193,5 +193,20 @@ class MatmulSite(Site):
         return hint(self.node.meta["val"].numel()) * hint(self.context.batch.meta["val"].shape[0])
 
 
-def _pad(x: torch.Tensor, columns: int, rows: int) -> torch.Tensor:
-    return aten.constant_pad_nd(x, [0, columns, 0, rows])
+def _with_rows(x: torch.Tensor, count: int) -> torch.Tensor:
+    """Append rows of zeros."""
+    return aten.constant_pad_nd(x, [0, 0, 0, count])
+
+
+def _with_columns(x: torch.Tensor, count: int) -> torch.Tensor:
+    """Append columns of zeros.
+
+    Inductor lets what computes ``x`` write right into this copy. After ``constant_pad_nd``, whose
+    loop has another size, it keeps ``x`` as well: the float32 gradient of all logits.
+    """
+    rows, columns = x.shape
+    width = columns + count
+    wide = x.new_empty(rows, width)
+    wide = aten.as_strided_scatter(wide, x, [rows, columns], [width, 1], 0)
+    zeros = x.new_zeros(rows, count)
+    return aten.as_strided_scatter(wide, zeros, [rows, count], [width, 1], columns)

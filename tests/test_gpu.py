@@ -1,0 +1,111 @@
+"""The backend on a CUDA device: what the CPU shows, Triton's code, CUDA graphs, no waiting."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from driver import STRATEGIES, call, check_case, clip, private_step, read_result, run_oracle
+from oracle import assert_matches_oracle
+from test_inductor import SITES
+from test_modules import WITH_INDUCTOR
+from zoo_modules import all_cases
+
+CASES = {name: replace(case, device="cuda") for name, case in all_cases().items()}
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def float32_convolutions(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_matches_oracle(case, strategy):
+    check_case(case, strategy)
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize(
+    ("name", "strategy"), [*SITES, *((name, "auto") for name in WITH_INDUCTOR)]
+)
+def test_matches_oracle_with_inductor(name, strategy):
+    check_case(CASES[name], strategy, lowering="inductor")
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_steps_with_other_samples_and_sizes(mode):
+    case = CASES["sharing-tied_head"]
+    model = case.build_model()
+    step = private_step(case.loss, lowering="inductor", mode=mode)
+    for size in (4, 4, 4, 6, 6, 4, 1, 0, 4):
+        batch = case.build_batch(size)
+        model.zero_grad()
+        loss = call(step, model, batch)
+        if size == 0:
+            assert not any(parameter.grad.any() for parameter in model.parameters())
+            continue
+        expected = clip(run_oracle(case, batch), 1.0, "mean")
+        found = read_result(step, model, loss)
+        assert_matches_oracle(
+            expected, norms=found.norms, factors=found.factors, grads=found.grads
+        )
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_every_step_draws_noise_of_its_own(mode):
+    case = CASES["sharing-tied_head"]
+    model, batch = case.build_model(), case.build_batch()
+    step = private_step(case.loss, lowering="inductor", mode=mode, seed=3)
+    call(step, model, batch)
+    quiet = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    step.noise_multiplier = 2.0
+    draws = []
+    for _ in range(40):
+        model.zero_grad()
+        call(step, model, batch)
+        draws.append(torch.cat([
+            (parameter.grad - quiet[name]).flatten() for name, parameter in model.named_parameters()
+        ]))
+    noise = torch.stack(draws) * 9 / 2.0
+    count = noise.numel()
+    assert abs(noise.mean()) < 5 / count**0.5
+    assert abs(noise.var() - 1) < 5 * (2 / count) ** 0.5
+    products = noise @ noise.t() / noise.shape[1]
+    products.fill_diagonal_(0.0)
+    assert products.abs().max() < 6 / noise.shape[1] ** 0.5
+
+
+@pytest.mark.inductor
+def test_accumulation():
+    case = CASES["sharing-tied_head"]
+    batch, model = case.build_batch(5), case.build_model()
+    expected = clip(run_oracle(case, batch), 1.0, "mean")
+    step = private_step(case.loss, lowering="inductor")
+    with step.accumulate():
+        for rows in (slice(0, 3), slice(3, 5)):
+            loss = call(step, model, tuple(part[rows] for part in batch))
+    found = read_result(step, model, loss)
+    assert_matches_oracle(expected, norms=found.norms, factors=found.factors, grads=found.grads)
+
+
+@pytest.mark.inductor
+def test_a_step_does_not_wait_for_the_device():
+    case = CASES["sharing-tied_head"]
+    model, batch = case.build_model(), case.build_batch()
+    step = private_step(case.loss, lowering="inductor")
+    step.noise_multiplier = 1.0
+    for _ in range(3):
+        model.zero_grad()
+        call(step, model, batch)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model.zero_grad()
+        call(step, model, batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
