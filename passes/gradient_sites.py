@@ -133,9 +133,7 @@ class ParameterGradient:
             elif user.target in ISOMETRIES - {aten.neg.default}:
                 if user.meta["val"].shape != node.meta["val"].shape:
                     return None
-            elif user.target is not aten.add.Tensor or user.kwargs or len(user.args) != 2:
-                return None
-            elif user.args[0] is user.args[1]:
+            elif not _adds_once(user):
                 return None
             node = user
         return swapped
@@ -148,6 +146,12 @@ class ParameterGradient:
             and not self.affine
             and all(node.target in ISOMETRIES for node in self.tail)
         )
+
+
+def _adds_once(node: fx.Node) -> bool:
+    """Whether a node is the plain sum of two different ones."""
+    plain = node.target is aten.add.Tensor and not node.kwargs and len(node.args) == 2
+    return plain and node.args[0] is not node.args[1]
 
 
 def _permutation(node: fx.Node) -> list[int]:

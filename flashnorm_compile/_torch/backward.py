@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch._guards import TracingContext
 
-
 Check = Callable[[Sequence[torch.Tensor]], None]
 
 
