@@ -10,7 +10,7 @@ from torch import fx
 from flashnorm_compile.passes.gradient_sites import CASTS, ParameterGradient
 from flashnorm_compile.passes.plan import Choice, Plan, pair
 from flashnorm_compile.passes.sample_map import run_mapped
-from flashnorm_compile.passes.sites import Context
+from flashnorm_compile.passes.sites import Context, Site
 from flashnorm_compile.passes.sites.rounding import bounded_square
 
 
@@ -58,24 +58,25 @@ def _apart(gradient: ParameterGradient) -> bool:
 def _site_by_site(gradient: ParameterGradient, choices: tuple[Choice, ...], norms: Norms) -> None:
     """‖Σ_k g_k‖² = Σ_k ‖g_k‖² + 2 Σ_{k<l} ⟨g_k, g_l⟩."""
     sites = gradient.sites
-    if choices == ("materialize",):
-        samples = sites[0].per_sample()
-        norms.per_sample[sites[0].node] = samples
-        _add_square(norms, samples, sites[0].context)
+    materialized = {
+        site: site.per_sample()
+        for site, choice in zip(sites, choices, strict=True)
+        if choice == "materialize"
+    }
+    norms.per_sample.update((site.node, samples) for site, samples in materialized.items())
+    if len(materialized) == len(sites):
+        _add_square(norms, materialized[sites[0]], sites[0].context)
         return
-    squares = [site.ghost() for site in sites]
-    products = []
-    for i, second in enumerate(sites):
-        for first in sites[:i]:
-            ordered = pair(first, second)
-            assert ordered is not None
-            known, other, _ = ordered
-            products.append(
-                known.inner_product(
-                    other, bool(gradient.orientation(known)), bool(gradient.orientation(other))
-                )
-            )
-    tolerance = max(site.rounding.tolerance for site in sites)
+    squares = [
+        _known_square(site.context, materialized[site]) if site in materialized else site.ghost()
+        for site in sites
+    ]
+    products = [
+        _inner_product(gradient, first, second, materialized)
+        for i, second in enumerate(sites)
+        for first in sites[:i]
+    ]
+    tolerance = max(site.rounding.tolerance for site in sites if site not in materialized)
 
     def code(*values: torch.Tensor) -> torch.Tensor:
         found, count = values[: 2 * len(squares)], 2 * len(squares)
@@ -86,6 +87,33 @@ def _site_by_site(gradient: ParameterGradient, choices: tuple[Choice, ...], norm
     emit = sites[0].context.emit
     last = max(emitted)
     norms.squares.append(emit(code, *emitted, before=last.next, like=gradient.output))
+
+
+def _inner_product(
+    gradient: ParameterGradient, first: Site, second: Site, materialized: dict[Site, fx.Node]
+) -> tuple[fx.Node, fx.Node]:
+    """Emit ⟨first, second⟩ and its largest error, of which at most one is materialised."""
+    for ghost, other in ((first, second), (second, first)):
+        if other in materialized:
+            return ghost.samples_product(materialized[other])
+    ordered = pair(first, second)
+    assert ordered is not None
+    known, other, _ = ordered
+    return known.inner_product(
+        other, bool(gradient.orientation(known)), bool(gradient.orientation(other))
+    )
+
+
+def _known_square(context: Context, samples: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """Emit the square of what is summed, to which nothing has to be added."""
+
+    def code(samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        square = square_norm(samples)
+        return square, torch.zeros_like(square)
+
+    return context.emit(  # type: ignore[no-any-return]
+        code, samples, before=samples.next, like=samples
+    )
 
 
 def _add_square(norms: Norms, samples: fx.Node, context: Context) -> None:

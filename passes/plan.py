@@ -106,40 +106,56 @@ def _row(gradient: ParameterGradient, strategy: str) -> Row:
 
 def _choose(gradient: ParameterGradient, strategy: str) -> tuple[tuple[Choice, ...], Cost]:
     """Choose for every site, or sum the sites' per-sample gradients first."""
-    together = _sum([site.materialize_cost() for site in gradient.sites])
-    products = _inner_product_cost(gradient)
-    if strategy == "materialize" or products is None:
-        return ("materialize",), together
-    # Cross terms belong to the products that the sites sum, not to gradients rounded before.
-    several = len(gradient.sites) > 1
-    best = [_best(site, "ghost" if several else strategy) for site in gradient.sites]
-    apart = _sum([products, *(cost for _, cost in best)])
-    if strategy == "auto" and len(best) > 1 and _time(together) <= _time(apart):
-        return ("materialize",), together
-    return tuple(choice for choice, _ in best), apart
-
-
-def _best(site: Site, strategy: str) -> tuple[Choice, Cost]:
-    materialize, ghost = site.materialize_cost(), site.ghost_cost()
-    if ghost is not None and (strategy == "ghost" or _time(ghost) < _time(materialize)):
-        return "ghost", ghost
-    return "materialize", materialize
-
-
-def _inner_product_cost(gradient: ParameterGradient) -> Cost | None:
-    """The cost of all cross terms; None where a norm cannot be put together from the sites'."""
     sites = gradient.sites
+    options: list[tuple[tuple[Choice, ...], Cost]] = [
+        (("materialize",), _sum([site.materialize_cost() for site in sites]))
+    ]
+    if strategy == "materialize":
+        return options[0]
     if gradient.isometric:
-        return Cost(0.0, 0.0)
-    if len(sites) < 2 or any(gradient.orientation(site) is None for site in sites):
-        return None
-    costs = []
-    for i, second in enumerate(sites):
-        for first in sites[:i]:
-            if (known := pair(first, second)) is None:
-                return None
-            costs.append(known[2])
-    return _sum(costs)
+        options += _alone(sites[0])
+    elif len(sites) > 1:
+        options += _apart(gradient)
+    # All by ghost norms comes last.
+    return options[-1] if strategy == "ghost" else min(options, key=lambda x: _time(x[1]))
+
+
+def _alone(site: Site) -> list[tuple[tuple[Choice, ...], Cost]]:
+    cost = site.ghost_cost()
+    return [] if cost is None else [(("ghost",), cost)]
+
+
+def _apart(gradient: ParameterGradient) -> list[tuple[tuple[Choice, ...], Cost]]:
+    """Norms from those of the sites and their inner products: one is materialised, or none."""
+    sites = gradient.sites
+    if any(gradient.orientation(site) is None for site in sites):
+        return []
+    options = []
+    for materialized in (*sites, None):
+        choices: tuple[Choice, ...] = tuple(
+            "materialize" if site is materialized else "ghost" for site in sites
+        )
+        costs = [
+            site.materialize_cost() if site is materialized else site.ghost_cost()
+            for site in sites
+        ]
+        for i, second in enumerate(sites):
+            costs += [_product_cost(gradient, x, second, materialized) for x in sites[:i]]
+        if all(cost is not None for cost in costs):
+            options.append((choices, _sum([cost for cost in costs if cost is not None])))
+    return options
+
+
+def _product_cost(
+    gradient: ParameterGradient, first: Site, second: Site, materialized: Site | None
+) -> Cost | None:
+    """The cost of the inner product of two sites; None where it is not known."""
+    if materialized in (first, second):
+        ghost = first if second is materialized else second
+        alike = gradient.orientation(first) == gradient.orientation(second)
+        return ghost.samples_product_cost() if alike else None
+    known = pair(first, second)
+    return None if known is None else known[2]
 
 
 def pair(first: Site, second: Site) -> tuple[Site, Site, Cost] | None:

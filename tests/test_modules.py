@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from driver import STRATEGIES, check_case
+from driver import STRATEGIES, call, check_case, private_step
 from zoo_modules import all_cases
 
 CASES = all_cases()
@@ -38,3 +38,13 @@ def test_matches_oracle(case, strategy):
 @pytest.mark.parametrize("name", WITH_INDUCTOR)
 def test_matches_oracle_with_inductor(name):
     check_case(CASES[name], "auto", lowering="inductor")
+
+
+def test_one_site_of_a_tied_weight_is_materialized_and_the_other_not():
+    case = CASES["sharing-tied_head_of_many_words"]
+    step = private_step(case.loss)
+    call(step, case.build_model(), case.build_batch())
+    row = next(row for row in step.plan.rows if row.parameter == "model.embedding.weight")
+    assert dict(zip(row.sites, row.choices, strict=True)) == {
+        "matmul": "materialize", "embedding": "ghost"
+    }

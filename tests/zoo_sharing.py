@@ -79,9 +79,11 @@ SHARING.add("indexed_by_gather", lambda: Indexed("gather"), tokens_to_class(3, V
 class TiedHead(nn.Module):
     """The output head is the embedding matrix: ``F.linear(h, emb.weight)``."""
 
-    def __init__(self, *, scale: float = 1.0, padding_idx: int | None = None):
+    def __init__(
+        self, *, scale: float = 1.0, padding_idx: int | None = None, vocabulary: int = VOCAB
+    ):
         super().__init__()
-        self.embedding = nn.Embedding(VOCAB, 6, padding_idx=padding_idx)
+        self.embedding = nn.Embedding(vocabulary, 6, padding_idx=padding_idx)
         self.middle = nn.Linear(6, 6)
         self.scale = scale
 
@@ -94,6 +96,13 @@ SHARING.add("tied_head", TiedHead, tokens(5, VOCAB), token_cross_entropy)
 SHARING.add("tied_head_scaled", lambda: TiedHead(scale=6**0.5), tokens(5, VOCAB),
             token_cross_entropy)
 SHARING.add("tied_head_padding_idx", lambda: TiedHead(padding_idx=0), tokens(9, VOCAB),
+            token_cross_entropy)
+# Cheapest with the head's gradients in memory and the embedding's not.
+SHARING.add("tied_head_of_many_words", lambda: TiedHead(vocabulary=64), tokens(20, 64),
+            token_cross_entropy)
+SHARING.add("tied_head_of_many_words_padding_idx",
+            lambda: TiedHead(vocabulary=64, padding_idx=0, scale=0.5),
+            lambda size: (torch.randint(3, (size, 20)), torch.randint(64, (size, 20))),
             token_cross_entropy)
 
 

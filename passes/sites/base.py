@@ -95,6 +95,18 @@ class Site(ABC):
         """
         raise NotImplementedError(f"no inner product of {self.kind} and {other.kind}")
 
+    def samples_product_cost(self) -> Cost | None:
+        """Predict the cost of ``samples_product``; None if there is none."""
+        return None
+
+    def samples_product(self, samples: fx.Node) -> tuple[fx.Node, fx.Node]:
+        """Emit ⟨gradient_i, samples_i⟩ [B] without the gradient, and its largest error.
+
+        Args:
+            samples: per-sample gradients [B, *shape of the node] of another site.
+        """
+        raise NotImplementedError(f"no inner product of {self.kind} sites and given samples")
+
     @abstractmethod
     def materialize_cost(self) -> Cost:
         """Predict the cost of per-sample gradients."""

@@ -22,6 +22,7 @@ from flashnorm_compile.passes.sites.rounding import (
     outer,
     pair_sum,
     row_norms,
+    sum_error,
 )
 
 aten = torch.ops.aten
@@ -125,28 +126,51 @@ class EmbeddingSite(Site):
         return Rounding.of_scatter(self.scatter.gradients.meta["val"])
 
     def ghost(self) -> tuple[fx.Node, fx.Node]:
-        """Emit ‖·‖² = Σ_{t,s} [token_t = token_s] ⟨g_t, g_s⟩."""
+        """Emit ‖·‖² = Σ_v ‖Σ_{t: token_t = v} g_t‖²."""
 
         def code(
             batch: torch.Tensor, *operands: torch.Tensor
         ) -> tuple[torch.Tensor, torch.Tensor]:
             tokens, gradients = self._sample_major(batch.shape[0], *operands)
-            square, spread, error = _matching(tokens, gradients, tokens, gradients)
+            (sums,), (norms,) = _by_token(tokens, gradients)
             # The squared spread, of each row of the table on its own.
-            return square, self.rounding.spread_slack(spread.sqrt(), tokens.shape[1]) + error
+            spread = pair_sum(norms.square())
+            slack = self.rounding.spread_slack(spread.sqrt(), tokens.shape[1])
+            return pair_sum(sums.square()), slack + sum_error(sums) * spread
 
         return self._emit(code)
 
     def inner_product_cost(self, other: Site) -> Cost | None:
-        """Know other scatters and output heads: a Gram matrix over d, and what is gathered."""
+        """Know other scatters and output heads."""
         if isinstance(other, EmbeddingSite):
-            tokens = other._tokens_per_sample()
-        elif isinstance(other, MatmulSite) and other.node.meta["val"].ndim == 2:
-            batch = hint(self.context.batch.meta["val"].shape[0])
-            tokens = hint(other.left.meta["val"].shape[-1]) / batch
-        else:
-            return None
-        return self._gram_cost(tokens)
+            return self._sums_cost(self._tokens_per_sample() + other._tokens_per_sample())
+        if isinstance(other, MatmulSite) and other.node.meta["val"].ndim == 2:
+            return self._gram_cost(hint(other.left.meta["val"].shape[-1]) / self._batch_size())
+        return None
+
+    def samples_product_cost(self) -> Cost:
+        """Gather a row per token."""
+        return Cost(flops=0.0, bytes=8.0 * hint(self.scatter.gradients.meta["val"].numel()))
+
+    def samples_product(self, samples: fx.Node) -> tuple[fx.Node, fx.Node]:
+        """Emit Σ_t ⟨samples[token_t], g_t⟩."""
+
+        def code(
+            batch: torch.Tensor, samples: torch.Tensor, *operands: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            tokens, gradients = self._sample_major(batch.shape[0], *operands)
+            rows = samples.gather(1, tokens.unsqueeze(-1).expand_as(gradients))
+            product = rows.double() * gradients.double()
+            norms = row_norms(rows, -1) * row_norms(gradients, -1)
+            return pair_sum(product), sum_error(product) * pair_sum(norms.double())
+
+        return self.context.emit(  # type: ignore[no-any-return]
+            code,
+            self.context.batch,
+            samples,
+            *self._operands(),
+            before=later(self.node, samples.next),
+        )
 
     def inner_product(
         self, other: Site, transposed: bool, other_transposed: bool
@@ -160,24 +184,30 @@ class EmbeddingSite(Site):
 
     def materialize_cost(self) -> Cost:
         """Clear, scatter into and read a table per sample."""
-        batch = hint(self.context.batch.meta["val"].shape[0])
-        return Cost(flops=0.0, bytes=16.0 * batch * hint(self.node.meta["val"].numel()))
+        elements = self._batch_size() * hint(self.node.meta["val"].numel())
+        return Cost(flops=0.0, bytes=16.0 * elements)
 
     def ghost_cost(self) -> Cost:
-        """One Gram matrix over the sample's tokens."""
-        return self._gram_cost(self._tokens_per_sample())
+        """Clear, add to and read a row per token."""
+        return self._sums_cost(self._tokens_per_sample())
+
+    def _sums_cost(self, tokens: float) -> Cost:
+        width = hint(self.node.meta["val"].shape[1])
+        return Cost(flops=0.0, bytes=36.0 * self._batch_size() * tokens * width)
 
     def _gram_cost(self, others: float) -> Cost:
-        batch = hint(self.context.batch.meta["val"].shape[0])
+        batch = self._batch_size()
         width, tokens = hint(self.node.meta["val"].shape[1]), self._tokens_per_sample()
         return Cost(
             flops=2.0 * batch * tokens * others * width,
             bytes=batch * (12.0 * tokens * others + 4.0 * (tokens + others) * width),
         )
 
+    def _batch_size(self) -> int:
+        return hint(self.context.batch.meta["val"].shape[0])
+
     def _tokens_per_sample(self) -> float:
-        batch = hint(self.context.batch.meta["val"].shape[0])
-        return hint(self.scatter.tokens.meta["val"].numel()) / batch
+        return hint(self.scatter.tokens.meta["val"].numel()) / self._batch_size()
 
     def _with_embedding(self, other: EmbeddingSite) -> tuple[fx.Node, fx.Node]:
         count = len(self._operands())
@@ -185,10 +215,11 @@ class EmbeddingSite(Site):
         def code(
             batch: torch.Tensor, *operands: torch.Tensor
         ) -> tuple[torch.Tensor, torch.Tensor]:
-            first = self._sample_major(batch.shape[0], *operands[:count])
-            second = other._sample_major(batch.shape[0], *operands[count:])
-            square, _, error = _matching(*first, *second)
-            return square, error
+            tokens, gradients = self._sample_major(batch.shape[0], *operands[:count])
+            tokens2, gradients2 = other._sample_major(batch.shape[0], *operands[count:])
+            sums, norms = _by_token(torch.cat([tokens, tokens2], 1), gradients, gradients2)
+            product = sums[0] * sums[1]
+            return pair_sum(product), sum_error(product) * pair_sum(norms[0] * norms[1])
 
         return self.context.emit(  # type: ignore[no-any-return]
             code,
@@ -262,17 +293,29 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
     return x.float() if x.dtype in HALF else x
 
 
-def _matching(
-    tokens: torch.Tensor, rows: torch.Tensor, tokens2: torch.Tensor, rows2: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Σ over pairs of equal tokens of ⟨row, row2⟩: [B, T], [B, T, d], [B, S], [B, S, d] → [B].
+def _by_token(
+    tokens: torch.Tensor, *parts: torch.Tensor
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Add up each sample's rows of equal tokens, without a table as large as the vocabulary.
+
+    Args:
+        tokens: [B, T], those of all parts one after another.
+        parts: rows [B, T_k, d]; the T_k make up T.
 
     Returns:
-        The sum, the sum of ‖row‖‖row2‖ in its place, and the largest error of the first.
+        For each part, float64: its sums [B, T, d] and the sums of its rows' norms [B, T], of the
+        first token, the second, ... that differs from those before it in order.
     """
-    same = tokens.unsqueeze(2) == tokens2.unsqueeze(1)
-    product = gram(rows, rows2.mT)
-    norms = outer(row_norms(rows, -1), row_norms(rows2, -1))
-    spread = pair_sum(torch.where(same, norms, torch.zeros_like(norms)))
-    found = pair_sum(torch.where(same, product, torch.zeros_like(product)))
-    return found, spread, gram_error(product, rows.shape[-1]) * spread
+    order = tokens.argsort(dim=1)
+    ordered = tokens.gather(1, order)
+    differs = ordered[:, 1:] != ordered[:, :-1]
+    ranks = torch.nn.functional.pad(differs.cumsum(1), (1, 0))
+    places = torch.zeros_like(ranks).scatter(1, order, ranks)
+    sums, norms = [], []
+    for rows, at in zip(parts, places.split([x.shape[1] for x in parts], 1), strict=True):
+        table = rows.new_zeros(*tokens.shape, rows.shape[-1], dtype=torch.float64)
+        index = at.unsqueeze(-1).expand_as(rows)
+        sums.append(table.scatter_add(1, index, rows.double()))
+        lengths = rows.new_zeros(tokens.shape, dtype=torch.float64)
+        norms.append(lengths.scatter_add(1, at, row_norms(rows, -1).double()))
+    return sums, norms

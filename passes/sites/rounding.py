@@ -24,6 +24,8 @@ norm is left as computed where n² ≥ κS², κ = slack/(τS²), which is where
                                  products are exact, tensor cores add 8 of them at a time to a
                                  float32 that they truncate: an error of d·2⁻²⁶‖a_t‖‖a_s‖ in each
                                  a_t·a_s, so d·2⁻²⁶·Σ‖a_t‖‖a_s‖|g_t·g_s| and the same with g.
+    sums by token                E: float64, (T + d)·2⁻⁵²·S². Where one site is materialised, its
+                                 entries are those that are summed: no error of their own.
     sum over T tokens            R = (T + 2)·2⁻²⁴·S, sequential float32
     operands rounded to TF32     R = 2⁻¹⁰·S: 2⁻¹¹ for each operand
     c∘g rounded to bfloat16      R² = 2⁻¹⁶·Σ ‖g_t‖‖g_s‖|a_t·a_s|: 2⁻⁸ for each entry
@@ -145,6 +147,16 @@ def gram_error(product: torch.Tensor, length: int | torch.SymInt) -> float:
     if product.dtype == torch.float64:
         return (length + 64) * 2.0**-52
     return length * 2.0**-26 + 2.0**-19
+
+
+def sum_error(terms: torch.Tensor) -> float:
+    """The largest error of inner products [B, T, d] of rows that are float64 sums over tokens.
+
+    Relative to the rows' norms before they were added up.
+    """
+    length = sum(size if isinstance(size, int) else size.node.hint or 2**16
+                 for size in terms.shape[1:])
+    return (length + 64) * 2.0**-52
 
 
 def pair_sum(x: torch.Tensor) -> torch.Tensor:
