@@ -38,7 +38,8 @@ def insert_norms(
         context: what sites need.
         scale: 0-d; g_i is ``scale`` times what the graph holds (B for a mean loss).
     """
-    norms = Norms([], {})
+    sites = dict.fromkeys(site for gradient in gradients for site in gradient.sites)
+    norms = Norms([site.defects for site in sites if site.defects is not None], {})
     for gradient in gradients:
         choices = plan.choices(gradient.index)
         if len(choices) == len(gradient.sites) and not gradient.affine and _apart(gradient):

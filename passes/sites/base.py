@@ -70,6 +70,11 @@ class Site(ABC):
         raise NotImplementedError(f"{self.kind} sites have no ghost norm")
 
     @property
+    def defects(self) -> fx.Node | None:
+        """[B] float32: infinite for samples to be left out that their norms may not show."""
+        return None
+
+    @property
     def axis_text(self) -> str:
         """Where the samples are in the operands, for people."""
         for operand in self.node.all_input_nodes:

@@ -58,19 +58,20 @@ class MatmulSite(Site):
 
     def weighted(self, weights: fx.Node, before: fx.Node) -> fx.Node:
         """Emit (c∘L) R, scaling the narrower operand."""
+        rows = self.node.meta["val"].shape[-2]
 
         def code(left: torch.Tensor, right: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
             if left.dtype == torch.float16:
                 # c∘L may fall below what float16 holds with full precision.
                 left, right = left.float(), right.float()
-            return half_matmul(
-                masked_scale(self.left_axis, left, weights, scale=self._scale_left),
-                masked_scale(self.right_axis, right, weights, scale=not self._scale_left),
-            )
+            right = masked_scale(self.right_axis, right, weights, scale=not self._scale_left)
+            if self.padded is not None:
+                return half_matmul(left, right).narrow(-2, 0, rows)
+            left = masked_scale(self.left_axis, left, weights, scale=self._scale_left)
+            return half_matmul(left, right)
 
-        return self.context.emit(
-            code, self.left, self.right, weights, before=before, like=self.node
-        )
+        left = self.padded or self.left
+        return self.context.emit(code, left, self.right, weights, before=before, like=self.node)
 
     @property
     def rounding(self) -> Rounding:
@@ -154,34 +155,56 @@ class MatmulSite(Site):
             code, self.padded or self.left, self.right, context.batch, before=self.node
         )
 
-    @functools.cached_property
+    @property
     def padded(self) -> fx.Node | None:
         """The left operand with rows of zeros up to a multiple of 8, if its size asks for it.
 
         Matrix units want aligned rows: over a vocabulary of 50257 a product is four times slower
         than over 50264. Inductor would pad the operands of each product by themselves; here the
-        activation's gradient reads the same padded copy.
+        activation's gradient reads the same padded copy. It holds 0 in place of what is not
+        finite, so that no product with it has to mask samples: see ``defects``.
         """
-        value = self.left.meta["val"]
-        rows = value.shape[0]
-        unaligned = isinstance(rows, int) and rows % 8 != 0 and rows >= 1024
-        if not (unaligned and value.ndim == 2 and value.is_cuda and value.element_size() == 2):
+        return None if self._padding is None else self._padding[0]
+
+    @property
+    def defects(self) -> fx.Node | None:
+        """[B]: infinite for samples with an entry that ``padded`` left out, else 0."""
+        return None if self._padding is None else self._padding[1]
+
+    @functools.cached_property
+    def _padding(self) -> tuple[fx.Node, fx.Node] | None:
+        if not wants_padding(self.left.meta["val"]):
             return None
-        extra, emit = 8 - rows % 8, self.context.emit
-        if self.left.target is not aten.permute.default:
-            return emit(lambda x: _with_rows(x, extra), self.left, before=self.node)
-        base = self.left.args[0]
-        padded = emit(lambda x: _with_columns(x, extra), base, before=base.next, like=base)
+        extra, context = 8 - self.left.meta["val"].shape[0] % 8, self.context
+        transposed = self.left.target is aten.permute.default
+        base = self.left.args[0] if transposed else self.left
+        axis = SampleAxis(0, self.left_axis.outer, self.left_axis.inner)
+
+        def code(x: torch.Tensor, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            # A float32 that bfloat16 rounds to infinity is not finite either: Inductor compares
+            # before it rounds.
+            finite = x.abs() <= torch.finfo(x.dtype).max
+            clean = torch.where(finite, x, torch.zeros((), dtype=x.dtype, device=x.device))
+            tokens = (~finite).any(1 if transposed else 0)
+            samples = axis.to_front(tokens, batch.shape[0]).reshape(batch.shape[0], -1).any(1)
+            defects = samples.new_zeros(samples.shape, dtype=torch.float32)
+            defects = defects.masked_fill(samples, float("inf"))
+            return _with_columns(clean, extra) if transposed else _with_rows(clean, extra), defects
+
+        padded, defects = context.emit(code, base, context.batch, before=base.next, like=base)
+        if not transposed:
+            return padded, defects
         for user in list(base.users):
             if user.target is aten.mm.default and user.args[0] is base:
                 # In place: other sites hold on to the node, whose value stays the same.
-                weight = emit(lambda w: _with_rows(w, extra), user.args[1], before=user)
+                weight = context.emit(lambda w: _with_rows(w, extra), user.args[1], before=user)
                 user.args = (padded, weight)
-        return emit(lambda x: x.permute(1, 0), padded, before=self.node)
+        return context.emit(lambda x: x.permute(1, 0), padded, before=self.node), defects
 
     @property
     def _scale_left(self) -> bool:
-        return self._width(self.left, -2) <= self._width(self.right, -1)
+        narrow = self._width(self.left, -2) <= self._width(self.right, -1)
+        return narrow and self.padded is None
 
     def _width(self, operand: fx.Node, dim: int) -> int:
         return hint(operand.meta["val"].shape[dim])
@@ -191,6 +214,13 @@ class MatmulSite(Site):
 
     def _gradient_elements(self) -> float:
         return hint(self.node.meta["val"].numel()) * hint(self.context.batch.meta["val"].shape[0])
+
+
+def wants_padding(left: torch.Tensor) -> bool:
+    """Whether products with a left operand [m, n] are slow for want of a few rows."""
+    rows = left.shape[0]
+    unaligned = isinstance(rows, int) and rows % 8 != 0 and rows >= 1024
+    return unaligned and left.ndim == 2 and left.is_cuda and left.element_size() == 2
 
 
 def _with_rows(x: torch.Tensor, count: int) -> torch.Tensor:
