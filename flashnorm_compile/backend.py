@@ -19,7 +19,7 @@ from flashnorm_compile.optimizers import guard_optimizers
 from flashnorm_compile.options import Options
 from flashnorm_compile.passes.pipeline import Request
 from flashnorm_compile.passes.state_writes import StateWrites
-from flashnorm_compile.roles import Role, Roles, assign_roles, user_name
+from flashnorm_compile.roles import Role, Roles, assign_roles, may_hold_samples, user_name
 from flashnorm_compile.runtime import PrivateGraph, StepState
 
 # torch.compile hands the same options object to the backend for every graph of a function; their
@@ -103,7 +103,7 @@ def compile_graph(
         frame = _torch.current_frame(gm)
         if not _is_training(gm):
             refuse_changes(gm, frame, state.options.in_dims)
-            return _compile_without_gradients(gm, inputs, state, mode)
+            return _compile_without_gradients(gm, inputs, frame, state, mode)
         _refuse_splits(frame)
         try:
             _refuse_uncompiled_caller(frame)
@@ -119,7 +119,11 @@ def compile_graph(
 
 
 def _compile_without_gradients(
-    gm: fx.GraphModule, inputs: Sequence[Any], state: StepState, mode: str | None
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    frame: _torch.Frame,
+    state: StepState,
+    mode: str | None,
 ) -> Callable[..., Any]:
     """Compile what comes before or after the gradients of a step, or an evaluation of a model."""
     _refuse_hidden_autograd(gm)
@@ -128,7 +132,7 @@ def _compile_without_gradients(
     # Evaluating a compiled model is as without us; an optimizer sees gradients, not samples.
     if (decorated or torch.is_grad_enabled()) and not _torch.in_optimizer():
         _refuse_functional_autograd(gm)
-        check = _watch_writes(gm)
+        check = _watch_writes(gm, frame, state.options.in_dims)
     joint_pass = GraphPass(state, check)
     compiled = joint_pass.compile(gm, inputs, mode)
     return compiled if joint_pass.error is None else refusal(joint_pass.error)
@@ -144,14 +148,17 @@ def _refuse_functional_autograd(gm: fx.GraphModule) -> None:
             )
 
 
-def _watch_writes(gm: fx.GraphModule) -> StateWrites:
-    sources = {
-        index: source
-        for index, node in enumerate(gm.graph.find_nodes(op="placeholder"))
-        if (source := _torch.input_source(node)) is not None
-    }
-    samples = {i for i, each in sources.items() if not (each.in_module or each.is_gradient)}
-    return StateWrites(samples, {i: user_name(each) for i, each in sources.items()})
+def _watch_writes(gm: fx.GraphModule, frame: _torch.Frame, in_dims: Any) -> StateWrites:
+    samples, state, names = set(), set(), {}
+    for index, node in enumerate(gm.graph.find_nodes(op="placeholder")):
+        source = _torch.input_source(node)
+        if may_hold_samples(node, frame, in_dims):
+            samples.add(index)
+        if source is not None:
+            names[index] = user_name(source)
+        if index not in samples or (source is not None and source.in_module):
+            state.add(index)
+    return StateWrites(samples, state, names)
 
 
 def _make_batch_symbolic(gm: fx.GraphModule, roles: Roles) -> None:

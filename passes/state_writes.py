@@ -19,11 +19,14 @@ class StateWrites:
     """Refuses to write what is computed from samples into state, such as parameters and buffers.
 
     Attributes:
-        samples: positions of the inputs that hold samples, or what was computed from them.
+        samples: positions of the inputs that may hold samples, or what was computed from them.
+        state: positions of the inputs that must hold nothing of the kind afterwards: those that
+            are no samples, and what a module holds.
         names: input position → the user's name.
     """
 
     samples: Set[int]
+    state: Set[int]
     names: Mapping[int, str]
 
     def __call__(self, graph: fx.Graph) -> None:
@@ -43,15 +46,16 @@ class StateWrites:
             tainted.add(node)
             if is_in_place(node):
                 target, written = (*node.args, None, None)[:2]
-                if node.target is aten.copy_.default and target in tainted:
-                    continue
-                self._refuse(written, inputs.get(target))  # type: ignore[arg-type]
+                index = inputs.get(target)  # type: ignore[arg-type]
+                into_samples = target in tainted and index not in self.state
+                if not (node.target is aten.copy_.default and into_samples):
+                    self._refuse(written, index)
         output = graph.output_node()
         for value, descriptor in zip(output.args[0], output.meta["desc"], strict=True):  # type: ignore[arg-type]
             match descriptor:
                 case descriptors.InputMutationAOTOutput(mutated_input=written_to):
                     index = _position(written_to)
-                    if value in tainted and index not in self.samples:
+                    if value in tainted and (index is None or index in self.state):
                         self._refuse(value, index)
 
     def _refuse(self, written: object, index: int | None) -> None:

@@ -225,3 +225,19 @@ def test_gradients_of_torch_func_do_not_leave_as_they_are():
     compiled = torch.compile(step, backend="flashnorm", options=OPTIONS)
     with pytest.raises(fn.PrivacyError, match=r"differentiates with torch\.func outside"):
         compiled(nn.Linear(6, 6), torch.randn(4, 6))
+
+
+def test_a_plain_attribute_of_a_module_may_hold_samples():
+    @fn.dp_step(**OPTIONS)
+    def step(model, x):
+        loss = model(x).square().mean()
+        loss.backward()
+        with torch.no_grad():
+            model.steps.add_(model.last_batch.sum())
+        return loss.detach()
+
+    model = Banked()
+    model.last_batch = torch.randn(4, 6)
+    with pytest.raises(fn.PrivacyError, match="a value that depends on samples into model.steps"):
+        step(model, model.last_batch)
+    assert model.steps == 0

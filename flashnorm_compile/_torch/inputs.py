@@ -77,8 +77,8 @@ def describe_source(source: Any, as_tensor: bool) -> InputSource:
         path += [key for key in keys if key not in _REGISTRIES]
         if "Module" in kind or "ParamBuffer" in kind:
             module_depth = len(path)
-    # A module's registry, and one key into it.
-    registered = kinds[-2:-1] == ["UnspecializedParamBufferSource"] and "GetItem" in kinds[-1]
+    # A parameter's gradient is found as an attribute, another tensor's by a source of its own.
+    of_parameter = getattr(source, "member", None) == "grad" and _is_registered(kinds[:-1])
     # An array is an input as a tensor too, under a source that converts it.
     is_array = kinds[-1] == "NumpyTensorSource"
     named = chain[-2] if is_array else source
@@ -87,10 +87,15 @@ def describe_source(source: Any, as_tensor: bool) -> InputSource:
         root=getattr(chain[0], "local_name", None) or getattr(chain[0], "global_name", None),
         path=tuple(path),
         module_depth=module_depth,
-        is_registered=registered,
-        is_gradient="GradSource" in kinds,
+        is_registered=_is_registered(kinds),
+        is_gradient=of_parameter or "GradSource" in kinds,
         is_number=as_tensor and "NumpyTensorSource" not in kinds,
     )
+
+
+def _is_registered(kinds: list[str]) -> bool:
+    """Whether the last links of a source are a module's registry, and one key into it."""
+    return kinds[-2:-1] == ["UnspecializedParamBufferSource"] and "GetItem" in kinds[-1]
 
 
 def example_argument(placeholder: fx.Node) -> Any:
