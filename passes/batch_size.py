@@ -17,14 +17,22 @@ import sympy
 import torch
 from torch import fx
 
-from flashnorm_compile._torch import number_expr, shape_exprs, source_location
+from flashnorm_compile._torch import number_expr, shape_exprs
 from flashnorm_compile.errors import PrivacyError
 from flashnorm_compile.passes.batch_axis import ranges, registry
 from flashnorm_compile.passes.batch_axis.analysis import Analysis
 from flashnorm_compile.passes.batch_axis.call import bind_arguments, nodes_in
 from flashnorm_compile.passes.batch_axis.sizes import product, same
 from flashnorm_compile.passes.batch_axis.values import Batched, Constant, Mixed
-from flashnorm_compile.passes.gradient_sites import ParameterGradient
+from flashnorm_compile.passes.gradient_sites import ParameterGradient, place_of
+from flashnorm_compile.passes.homogeneity import (
+    COMPARISONS,
+    FILLS,
+    LINEAR,
+    MOVES,
+    PRODUCTS,
+    SHAPES,
+)
 from flashnorm_compile.passes.joint import JointGraph
 
 _ONE = sympy.Integer(1)
@@ -61,82 +69,6 @@ Scale = Scaled | Sized | Position
 
 _COUNTS = "depends on the number of samples in the batch"
 _PLACES = "depends on a sample's position in the batch"
-
-# Arguments that give a shape; what the shape does is the batch-axis analysis's affair.
-_SHAPES = frozenset(
-    {
-        "size", "shape", "sizes", "input_sizes", "input_size", "self_size", "output_size",
-        "split_size", "split_sizes", "stride", "stride_", "storage_offset", "length", "end",
-        "start", "step", "repeats", "dims", "symint", "layout", "device", "dtype",
-    }
-)  # fmt: skip
-_FILLS = ("full", "zeros", "ones", "scalar_tensor", "full_like", "zeros_like", "ones_like",
-          "new_zeros", "new_ones", "new_full")  # fmt: skip
-# Linear in these arguments together; the others must hold no B.
-_LINEAR = {
-    "add": ("self", "other", "a", "b"),
-    "sub": ("self", "other", "a", "b"),
-    "neg": ("self",),
-    "sum": ("self", "inp"),
-    "mean": ("self",),
-    "cumsum": ("self",),
-    "where": ("self", "other", "a", "b"),
-    "masked_fill": ("self", "value"),
-    "abs": ("self",),
-    "clone": ("self",),
-    "alias": ("self",),
-    "detach": ("self",),
-    "_to_copy": ("self",),
-    "convert_element_type": ("a",),
-    "device_put": ("a",),
-    "copy": ("src",),
-    "real": ("self",),
-    "imag": ("self",),
-    "_conj": ("self",),
-    "conj": ("self", "x"),
-    "complex": ("real", "imag"),
-    "view_as_real": ("self",),
-    "view_as_complex": ("self",),
-    "index": ("self",),
-    "_unsafe_index": ("self",),
-    "_unsafe_masked_index": ("self", "fill"),
-    "_unsafe_masked_index_put_accumulate": ("self", "values"),
-    "index_put": ("self", "values"),
-    "_unsafe_index_put": ("self", "values"),
-    "index_select": ("self",),
-    "index_add": ("self", "source"),
-    "gather": ("self",),
-    "scatter": ("self", "src", "value"),
-    "scatter_add": ("self", "src"),
-    "constant_pad_nd": ("self", "value"),
-    "tril": ("self",),
-    "triu": ("self",),
-    "trace": ("self",),
-    "linalg_lu_solve": ("B",),
-    "linalg_solve_triangular": ("B",),
-    "_fft_c2c": ("self",),
-    "_fft_r2c": ("self",),
-    "_fft_c2r": ("self",),
-    "_trilinear": (),
-}
-# Products of the second group, plus the first.
-_PRODUCTS = {
-    "mul": ((), ("self", "other", "a", "b")),
-    "mm": ((), ("self", "mat2")),
-    "bmm": ((), ("self", "mat2")),
-    "mv": ((), ("self", "vec")),
-    "dot": ((), ("self", "tensor")),
-    "vdot": ((), ("self", "other")),
-    "addmm": (("self",), ("mat1", "mat2")),
-    "baddbmm": (("self",), ("batch1", "batch2")),
-    "addcmul": (("self",), ("tensor1", "tensor2")),
-    "fma": (("c",), ("a", "b")),
-    "convolution": (("bias",), ("input", "weight")),
-}
-_COMPARISONS = ("eq", "ne", "gt", "ge", "lt", "le")
-# Rule files of ops that move entries, all linear in their tensors.
-_MOVES = ("views", "shape_ops", "strides", "view_gradients")
-
 
 class Scales:
     """The scale of every node that samples have not been added up for."""
@@ -186,7 +118,7 @@ class Scales:
         return {
             name: [self._scale_of(item, node) for item in _leaves(argument)]
             for name, argument in bind_arguments(node).items()
-            if name not in ignored and name not in _SHAPES
+            if name not in ignored and name not in SHAPES
         }
 
     def _scale_of(self, item: Any, node: fx.Node) -> Scale:
@@ -224,7 +156,7 @@ class Scales:
             return sized
         if (cut := self._cuts_by_size(node)) is not None:
             return cut
-        if name in _FILLS:
+        if name in FILLS:
             return self._filled(node, name, arguments)
         reduced = self._reduced(node, name)
         linear = [scale for scale in scales if isinstance(scale, Scaled)]
@@ -237,16 +169,16 @@ class Scales:
 
     def _is_zero(self, node: fx.Node, name: str, arguments: dict[str, list[Any]]) -> bool:
         """Tell whether a call without B gives zeros, which go with any factor."""
-        if name in _PRODUCTS:
+        if name in PRODUCTS:
             addends, factors = (
                 [scale.zero for key in keys for scale in arguments.get(key, ())]
-                for keys in _PRODUCTS[name]
+                for keys in PRODUCTS[name]
             )
             return all(addends) and any(factors)
         if name == "copy":
             return all(scale.zero for scale in arguments["src"])
         tensors = [self.of(arg) for arg in node.all_input_nodes]
-        moved = name in _LINEAR or _moves(node) or name == "expand"
+        moved = name in LINEAR or _moves(node) or name == "expand"
         zeros = all(isinstance(scale, Scaled) and scale.zero for scale in tensors)
         return moved and bool(tensors) and zeros
 
@@ -259,16 +191,16 @@ class Scales:
             factor = self._cancel(over.factor / under.factor)
             origin = over.origin if over.factor != 1 else under.origin
             return Scaled(factor, origin or node, over.zero)
-        if name in _COMPARISONS:
+        if name in COMPARISONS:
             return self._compared(node, everything)
         if name == "reciprocal":
             return Scaled(self._cancel(1 / everything[0].factor), everything[0].origin)
         addends: Iterable[str]
-        if name in _PRODUCTS:
-            addends, factors = _PRODUCTS[name]
+        if name in PRODUCTS:
+            addends, factors = PRODUCTS[name]
             result = self._times([s for key in factors for s in arguments.get(key, ())])
-        elif name in _LINEAR:
-            addends, result = _LINEAR[name], Scaled(zero=True)
+        elif name in LINEAR:
+            addends, result = LINEAR[name], Scaled(zero=True)
         elif _moves(node):
             bound = bind_arguments(node)
             tensors = [key for key in arguments if any(True for _ in nodes_in(bound[key]))]
@@ -279,7 +211,7 @@ class Scales:
             result = Scaled(zero=True)
         else:
             return self._nonlinear(node, everything)
-        used = {*addends, *(_PRODUCTS[name][1] if name in _PRODUCTS else ())}
+        used = {*addends, *(PRODUCTS[name][1] if name in PRODUCTS else ())}
         rest = [s for key, group in arguments.items() if key not in used for s in group]
         if any(scale.factor != 1 and not scale.zero for scale in rest):
             return self._nonlinear(node, rest)
@@ -436,23 +368,18 @@ def _require(
             f'The loss is declared loss_reduction="{declared}", but it does not reduce over '
             f"samples like that: in a batch of B = {analysis.batch_size} samples, each sample's "
             f"own part of the gradient of {name} has the factor {scale.factor}, expected "
-            f"{factor}. {_at(origin)} A sample's weight would depend on how many others there "
+            f"{factor}. {place_of(origin)} A sample's weight would depend on how many others there "
             f"are. Use {reduce} over the batch, normalise by each sample's own count, or declare "
             "the other reduction."
         )
     origin = scale.origin
     what = scale.reason if isinstance(scale, Sized) else _PLACES
     raise PrivacyError(
-        f"The gradient of {name} {_COUNTS}: {origin.target} {what}. {_at(origin)} Whether a sample "
-        "is there must not show in the gradients of the others. Use the batch size in the loss's "
-        "mean alone; elsewhere use a constant, such as the expected batch size, and pass "
-        "weights per sample as part of the batch."
+        f"The gradient of {name} {_COUNTS}: {origin.target} {what}. {place_of(origin)} "
+        "Whether a sample is there must not show in the gradients of the others. Use the batch "
+        "size in the loss's mean alone; elsewhere use a constant, such as the expected batch size, "
+        "and pass weights per sample as part of the batch."
     )
-
-
-def _at(node: fx.Node) -> str:
-    location = source_location(node)
-    return f"It is at {location}." if location else f"(graph node {node.name})"
 
 
 def _short_name(target: Any) -> str:
@@ -464,7 +391,7 @@ def _short_name(target: Any) -> str:
 
 def _moves(node: fx.Node) -> bool:
     entry = registry.find(node.target)
-    return entry is not None and entry.rule.__module__.rpartition(".")[2] in _MOVES
+    return entry is not None and entry.rule.__module__.rpartition(".")[2] in MOVES
 
 
 def _leaves(argument: Any) -> list[Any]:

@@ -208,7 +208,8 @@ def _trace_back(
         if isinstance(value, Batched):
             raise PrivacyError(
                 f"The gradient of parameter {name} has a row for every sample: the parameter "
-                f"itself lies along the batch axis. {_at(node)} Give it a shape without the batch."
+                f"itself lies along the batch axis. {place_of(node)} Give it a shape without the "
+                "batch."
             )
         if isinstance(value, Constant):
             gradient.affine = True
@@ -283,7 +284,7 @@ def _describe_tail(
     text = describe_mixing(analysis, mixed, f"parameter {name}")
     if batched:
         return text
-    return f"{text} (Further on, {node.target} is not known to be linear. {_at(node)})"
+    return f"{text} (Further on, {node.target} is not known to be linear. {place_of(node)})"
 
 
 def _pads_with_zero(node: fx.Node) -> bool:
@@ -328,13 +329,14 @@ def describe_mixing(analysis: Analysis, nodes: list[fx.Node], what: str) -> str:
     origin = nodes[0] if value is None else value.origin
     reason = "depends on several samples" if value is None else value.reason
     return (
-        f"The gradient of {what} mixes samples: {origin.target} {reason}. {_at(origin)} "
+        f"The gradient of {what} mixes samples: {origin.target} {reason}. {place_of(origin)} "
         "Differential privacy bounds what one sample can change, so no sample may depend on the "
         "others: compute it within each sample, for example group norm instead of batch norm, or "
         "statistics over features or time instead of over the batch."
     )
 
 
-def _at(node: fx.Node) -> str:
+def place_of(node: fx.Node) -> str:
+    """Say where a node comes from, as a sentence."""
     location = source_location(node)
     return f"It is at {location}." if location else f"(graph node {node.name})"

@@ -238,6 +238,6 @@ def test_a_plain_attribute_of_a_module_may_hold_samples():
 
     model = Banked()
     model.last_batch = torch.randn(4, 6)
-    with pytest.raises(fn.PrivacyError, match="a value that depends on samples into model.steps"):
+    with pytest.raises(fn.PrivacyError, match=r"depends on samples into model\.steps"):
         step(model, model.last_batch)
     assert model.steps == 0
