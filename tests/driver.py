@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import flashnorm_compile as fn
+from flashnorm_compile.passes.plan import Plan
 
 STRATEGIES = ("auto", "materialize", "ghost")
 #: Differs from every batch size in the zoos: dividing by the actual batch size would show.
@@ -74,6 +75,7 @@ class PrivateResult:
     factors: Tensor
     nonfinite_samples: int
     grads: dict[str, Tensor | None]
+    plan: Plan
 
 
 class Zoo(dict[str, Case]):
@@ -156,6 +158,7 @@ def read_result(step: Any, model: nn.Module, loss: Any) -> PrivateResult:
         factors=step.clipping_factors,
         nonfinite_samples=step.nonfinite_samples,
         grads=gradients_of(model),
+        plan=step.plan,
     )
 
 
@@ -210,10 +213,20 @@ def bound_that_clips_some(norms: Tensor) -> float:
     return float((low + finite[middle]) / 2)
 
 
-def check_case(case: Case, strategy: str, lowering: str = "eager") -> None:
+def check_every_strategy(case: Case) -> None:
+    """Check a case with each strategy; where no norm has a choice they are the same graph."""
+    plan = check_case(case, "ghost")
+    if any("ghost" in row.choices for row in plan.rows):
+        check_case(case, "materialize")
+
+
+def check_case(case: Case, strategy: str, lowering: str = "eager") -> Plan:
     """Assert that the private step gives the oracle's norms, factors and gradients.
 
     The returned loss must be that of the plain step on the whole batch.
+
+    Returns:
+        What was decided.
     """
     batch = case.build_batch()
     per_sample = run_oracle(case, batch)
@@ -233,3 +246,4 @@ def check_case(case: Case, strategy: str, lowering: str = "eager") -> None:
     torch.testing.assert_close(
         actual.loss, plain, rtol=tolerance, atol=tolerance, equal_nan=True
     )
+    return actual.plan

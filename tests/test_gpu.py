@@ -6,7 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from driver import STRATEGIES, call, check_case, clip, private_step, read_result, run_oracle
+from driver import (
+    call,
+    check_case,
+    check_every_strategy,
+    clip,
+    private_step,
+    read_result,
+    run_oracle,
+)
 from oracle import assert_matches_oracle
 from test_inductor import SITES
 from test_modules import WITH_INDUCTOR
@@ -21,10 +29,9 @@ def float32_convolutions(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_matches_oracle(case, strategy):
-    check_case(case, strategy)
+def test_matches_oracle(case):
+    check_every_strategy(case)
 
 
 @pytest.mark.inductor

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from driver import STRATEGIES, call, check_case, private_step
+from driver import call, check_case, check_every_strategy, private_step
 from zoo_modules import all_cases
 
 CASES = all_cases()
+SHARED = {name: case for name, case in CASES.items() if name.startswith("sharing-")}
 
 #: One case per kind of gradient site, and those whose lowering differs most.
 WITH_INDUCTOR = (
@@ -28,10 +29,14 @@ WITH_INDUCTOR = (
 )
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_matches_oracle(case, strategy):
-    check_case(case, strategy)
+def test_matches_oracle(case):
+    check_every_strategy(case)
+
+
+@pytest.mark.parametrize("case", SHARED.values(), ids=SHARED.keys())
+def test_matches_oracle_with_a_strategy_for_each_site(case):
+    check_case(case, "auto")
 
 
 @pytest.mark.inductor

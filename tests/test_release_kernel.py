@@ -8,6 +8,7 @@ import pytest
 import torch
 from interpreter import run_interpreted
 
+from flashnorm_compile.kernels.noise import cpu
 from flashnorm_compile.kernels.release import reference
 from flashnorm_compile.kernels.release.op import release
 
@@ -142,3 +143,15 @@ def test_errors_name_the_argument_what_was_found_and_what_is_valid(change, messa
     }
     with pytest.raises(ValueError, match=message):
         release(**(valid | change))
+
+
+@pytest.mark.parametrize("chunk_blocks", [1, 5, 2**16])
+def test_tensors_that_share_the_making_of_their_noise(chunk_blocks, monkeypatch):
+    """On the CPU: bit by bit what each gets alone, wherever a chunk ends."""
+    monkeypatch.setattr(cpu, "CHUNK_BLOCKS", chunk_blocks)
+    samples = [torch.randn(3, *shape) for shape in ((), (5,), (0,), (4, 4), (37,), (1,), (2, 3))]
+    weights = torch.rand(3)
+    found = release(samples, weights, KEY, SCALARS, 9, torch.float32)
+    for k, (x, out) in enumerate(zip(samples, found, strict=True)):
+        alone = reference.release(x, weights, KEY, SCALARS, 9 + k, torch.float32)
+        torch.testing.assert_close(out, alone, rtol=0, atol=0)

@@ -18,9 +18,11 @@ VOCAB, HIDDEN, LENGTH, CLASSES, IMAGE = 64, 16, 6, 3, 16
 SEED = 99
 
 _COMMON = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+# One layer, but where layers differ, or share something.
+_TWO_LAYERS = {"num_hidden_layers": 2}
 _DECODER = _COMMON | {
     "hidden_size": HIDDEN,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 2,
     "intermediate_size": 24,
     "max_position_embeddings": 32,
@@ -32,8 +34,8 @@ _ENCODER = _DECODER | {
 }
 _SEQUENCE = _COMMON | {
     "d_model": HIDDEN,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
     "encoder_attention_heads": 2,
     "decoder_attention_heads": 2,
     "encoder_ffn_dim": 24,
@@ -49,7 +51,7 @@ _SEQUENCE = _COMMON | {
 }
 _VISION = {
     "hidden_size": HIDDEN,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 2,
     "intermediate_size": 24,
     "image_size": IMAGE,
@@ -175,7 +177,8 @@ DECODERS = [
                             "embed_dropout": 0.0, "attention_dropout": 0.0, "resid_dropout": 0.0},
                  causal_tokens),
     Architecture("gpt_neox", "GPTNeoXForCausalLM", "GPTNeoXConfig", _DECODER, causal_tokens),
-    Architecture("llama", "LlamaForCausalLM", "LlamaConfig", _GROUPED, causal_tokens),
+    Architecture("llama", "LlamaForCausalLM", "LlamaConfig",
+                 _GROUPED | _TWO_LAYERS, causal_tokens),
     Architecture("mistral", "MistralForCausalLM", "MistralConfig",
                  _GROUPED | {"sliding_window": 4}, causal_tokens),
     Architecture("qwen2", "Qwen2ForCausalLM", "Qwen2Config",
@@ -183,26 +186,27 @@ DECODERS = [
     Architecture("qwen3", "Qwen3ForCausalLM", "Qwen3Config", _GROUPED, causal_tokens),
     Architecture("gemma", "GemmaForCausalLM", "GemmaConfig", _GROUPED, causal_tokens),
     Architecture("gemma2", "Gemma2ForCausalLM", "Gemma2Config",
-                 _GROUPED | {"sliding_window": 4, "query_pre_attn_scalar": 8}, causal_tokens),
+                 _GROUPED | _TWO_LAYERS | {"sliding_window": 4, "query_pre_attn_scalar": 8},
+                 causal_tokens),
     Architecture("phi", "PhiForCausalLM", "PhiConfig",
                  _DECODER | {"resid_pdrop": 0.0, "embd_pdrop": 0.0}, causal_tokens),
     Architecture("opt", "OPTForCausalLM", "OPTConfig",
-                 _COMMON | {"hidden_size": HIDDEN, "num_hidden_layers": 2, "ffn_dim": 24,
+                 _COMMON | {"hidden_size": HIDDEN, "num_hidden_layers": 1, "ffn_dim": 24,
                             "num_attention_heads": 2, "max_position_embeddings": 32,
                             "word_embed_proj_dim": HIDDEN, "dropout": 0.0, "layerdrop": 0.0},
                  causal_tokens, evaluated),
     Architecture("bloom", "BloomForCausalLM", "BloomConfig",
-                 _COMMON | {"hidden_size": HIDDEN, "n_layer": 2, "n_head": 2,
+                 _COMMON | {"hidden_size": HIDDEN, "n_layer": 1, "n_head": 2,
                             "hidden_dropout": 0.0, "attention_dropout": 0.0}, causal_tokens),
     Architecture("falcon", "FalconForCausalLM", "FalconConfig",
-                 _COMMON | {"hidden_size": HIDDEN, "num_hidden_layers": 2,
+                 _COMMON | {"hidden_size": HIDDEN, "num_hidden_layers": 1,
                             "num_attention_heads": 2, "max_position_embeddings": 32,
                             "attention_dropout": 0.0, "hidden_dropout": 0.0}, causal_tokens),
     Architecture("stablelm", "StableLmForCausalLM", "StableLmConfig",
                  _DECODER | {"num_key_value_heads": 2}, causal_tokens),
     Architecture("olmo2", "Olmo2ForCausalLM", "Olmo2Config", _DECODER, causal_tokens),
     Architecture("mamba", "MambaForCausalLM", "MambaConfig",
-                 _COMMON | {"hidden_size": HIDDEN, "num_hidden_layers": 2, "state_size": 4,
+                 _COMMON | {"hidden_size": HIDDEN, "num_hidden_layers": 1, "state_size": 4,
                             "expand": 2, "conv_kernel": 3, "time_step_rank": 2}, causal_tokens),
 ]
 
@@ -216,7 +220,7 @@ ENCODERS = [
     Architecture("roberta", "RobertaForSequenceClassification", "RobertaConfig", _ENCODER,
                  classified_tokens),
     Architecture("distilbert", "DistilBertForSequenceClassification", "DistilBertConfig",
-                 _COMMON | {"dim": HIDDEN, "n_layers": 2, "n_heads": 2, "hidden_dim": 24,
+                 _COMMON | {"dim": HIDDEN, "n_layers": 1, "n_heads": 2, "hidden_dim": 24,
                             "max_position_embeddings": 32, "dropout": 0.0,
                             "attention_dropout": 0.0, "seq_classif_dropout": 0.0,
                             "num_labels": CLASSES},
@@ -224,11 +228,12 @@ ENCODERS = [
     Architecture("electra", "ElectraForMaskedLM", "ElectraConfig",
                  _ENCODER | {"embedding_size": 12}, masked_tokens),
     Architecture("albert", "AlbertForMaskedLM", "AlbertConfig",
-                 _ENCODER | {"embedding_size": 12}, masked_tokens),
-    Architecture("mpnet", "MPNetForSequenceClassification", "MPNetConfig", _ENCODER,
-                 classified_tokens),
+                 _ENCODER | _TWO_LAYERS | {"embedding_size": 12}, masked_tokens),
+    Architecture("mpnet", "MPNetForSequenceClassification", "MPNetConfig",
+                 _ENCODER | _TWO_LAYERS, classified_tokens),
     Architecture("modernbert", "ModernBertForMaskedLM", "ModernBertConfig",
-                 _DECODER | {"local_attention": 4, "cls_token_id": 1, "sep_token_id": 2},
+                 _DECODER | _TWO_LAYERS
+                 | {"local_attention": 4, "cls_token_id": 1, "sep_token_id": 2},
                  masked_tokens),
 ]
 

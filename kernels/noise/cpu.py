@@ -6,6 +6,9 @@ rest is shared with the reference.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -31,45 +34,75 @@ _MULTIPLIERS = np.array(MULTIPLIERS, dtype=np.uint64)[:, None]
 _KEY_INCREMENTS = np.array(KEY_INCREMENTS, dtype=np.uint64)[:, None]
 
 
+@dataclass(frozen=True)
+class Span:
+    """Some consecutive elements of one tensor; ``start`` is a multiple of 4."""
+
+    tensor: int
+    start: int
+    numel: int
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks of 4 numbers it takes."""
+        return (self.numel + 3) // 4
+
+
 def add_noise(
-    sum: Tensor, key: Tensor, scalars: Tensor, stream: int, out_dtype: torch.dtype
-) -> Tensor:
-    """`op.add_noise` for CPU tensors."""
-    flat_sum = sum.contiguous().view(-1)
-    flat_out = torch.empty(sum.numel(), dtype=out_dtype)
+    sums: Sequence[Tensor], key: Tensor, scalars: Tensor, first_stream: int, out_dtype: torch.dtype
+) -> list[Tensor]:
+    """`op.add_noise` for CPU tensors, of streams ``first_stream``, ``first_stream + 1``, ...
+
+    Small tensors share the calls that make their noise.
+    """
+    flat_sums = [sum.contiguous().view(-1) for sum in sums]
+    flat_outs = [torch.empty(sum.numel(), dtype=out_dtype) for sum in sums]
     seed, release = key.tolist()
     _, noise_scale, inv_expected_batch_size = scalars.tolist()
 
-    chunk_elements = 4 * CHUNK_BLOCKS
-    for start in range(0, sum.numel(), chunk_elements):
-        chunk = flat_sum[start : start + chunk_elements].to(compute_dtype(sum.dtype))
-        if noise_scale == 0.0:
-            noised = chunk
-        else:
-            noise = normal_chunk(seed, release, stream, start, chunk.numel())
-            noised = noise.mul_(noise_scale) + chunk
-        flat_out[start : start + chunk_elements] = noised * inv_expected_batch_size
+    for spans in _chunks([sum.numel() for sum in sums]):
+        if noise_scale != 0.0:
+            noise = normals(seed, release, first_stream, spans).mul_(noise_scale)
+            parts = noise.split([4 * span.blocks for span in spans])
+        for k, span in enumerate(spans):
+            elements = slice(span.start, span.start + span.numel)
+            noised = flat_sums[span.tensor][elements]
+            noised = noised.to(compute_dtype(noised.dtype))
+            if noise_scale != 0.0:
+                noised = parts[k][: span.numel] + noised
+            flat_outs[span.tensor][elements] = noised * inv_expected_batch_size
 
-    return flat_out.view(sum.shape)
+    return [out.view(sum.shape) for out, sum in zip(flat_outs, sums, strict=True)]
 
 
-def normal_chunk(seed: int, release: int, stream: int, start: int, numel: int) -> Tensor:
-    """Return elements ``start .. start + numel - 1`` of a tensor's noise.
+def _chunks(sizes: Sequence[int]) -> Iterator[list[Span]]:
+    """Cut tensors into spans, and collect spans until they make a chunk."""
+    chunk: list[Span] = []
+    room = CHUNK_BLOCKS
+    for tensor, size in enumerate(sizes):
+        start = 0
+        while start < size:
+            span = Span(tensor, start, min(size - start, 4 * room))
+            chunk.append(span)
+            start += span.numel
+            room -= span.blocks
+            if room == 0:
+                yield chunk
+                chunk, room = [], CHUNK_BLOCKS
+    if chunk:
+        yield chunk
 
-    Args:
-        seed: int64.
-        release: int64.
-        stream: number of the tensor, in [0, 2**20).
-        start: first element; a multiple of 4.
-        numel: number of elements.
 
-    Returns:
-        float32 [numel].
-    """
-    block = np.arange(start // 4, (start + numel + 3) // 4, dtype=np.uint64)
+def normals(seed: int, release: int, first_stream: int, spans: Sequence[Span]) -> Tensor:
+    """Return the noise of spans, float32 [4 · blocks], each filled up to whole blocks of 4."""
+    block = np.concatenate(
+        [np.arange(x.start // 4, x.start // 4 + x.blocks, dtype=np.uint64) for x in spans]
+    )
+    streams = np.array([first_stream + x.tensor for x in spans], dtype=np.uint64)
+    stream = np.repeat(streams, [x.blocks for x in spans])
     even, odd = np.empty((2, 2, block.size), dtype=np.uint64)
     even[0] = block & _WORD_MASK
-    odd[0] = (block >> _WORD_BITS) | np.uint64(stream << BLOCK_HIGH_BITS)
+    odd[0] = (block >> _WORD_BITS) | (stream << np.uint64(BLOCK_HIGH_BITS))
     even[1] = release & WORD_MASK
     odd[1] = release >> 32 & WORD_MASK
     even, odd = _philox_4x32_inplace(even, odd, seed)
@@ -79,7 +112,7 @@ def normal_chunk(seed: int, release: int, stream: int, start: int, numel: int) -
     normals = torch.empty(block.size, 4)
     normals[:, 0], normals[:, 1] = box_muller(x0, x1)
     normals[:, 2], normals[:, 3] = box_muller(x2, x3)
-    return normals.view(-1)[:numel]
+    return normals.view(-1)
 
 
 def _philox_4x32_inplace(even: Words, odd: Words, seed: int) -> tuple[Words, Words]:

@@ -48,7 +48,7 @@ def _(sum: Tensor, key: Tensor, scalars: Tensor, stream: int, out_dtype: torch.d
 @add_noise.register_kernel("cpu")
 def _(sum: Tensor, key: Tensor, scalars: Tensor, stream: int, out_dtype: torch.dtype) -> Tensor:
     _validate(sum, key, scalars, stream, out_dtype)
-    return cpu.add_noise(sum, key, scalars, stream, out_dtype)
+    return cpu.add_noise([sum], key, scalars, stream, out_dtype)[0]
 
 
 @add_noise.register_kernel("cuda")

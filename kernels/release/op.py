@@ -72,12 +72,8 @@ def _(
     out_dtype: torch.dtype,
 ) -> list[Tensor]:
     _validate(samples, weights, key, scalars, first_stream)
-    return [
-        noise_cpu.add_noise(
-            reference.weighted_sum(x, weights), key, scalars, first_stream + k, out_dtype
-        )
-        for k, x in enumerate(samples)
-    ]
+    sums = [reference.weighted_sum(x, weights) for x in samples]
+    return noise_cpu.add_noise(sums, key, scalars, first_stream, out_dtype)
 
 
 @release.register_kernel("cuda")
