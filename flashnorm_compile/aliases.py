@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -59,8 +60,15 @@ def checked_each_call(
     return run
 
 
+# Nothing keeps samples deeper than this; objects refer to one another in circles.
+_DEPTH = 6
+_NO_BATCHES = (torch.nn.Module, torch.optim.Optimizer, type, ModuleType)
+
+
 def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """Walk the tensors and arrays in nested dicts, lists and tuples: (path, tensor)."""
+    """Walk the tensors and arrays in dicts, lists, tuples and attributes: (path, tensor)."""
+    if len(path) > _DEPTH:
+        return
     if isinstance(value, torch.Tensor):
         yield path, value
         return
@@ -72,6 +80,8 @@ def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, 
         children = value.items()
     elif isinstance(value, (list, tuple)):
         children = enumerate(value)
+    elif not callable(value) and not isinstance(value, _NO_BATCHES):
+        children = getattr(value, "__dict__", {}).items()
     for key, child in children:
         yield from leaves(child, (*path, key))
 

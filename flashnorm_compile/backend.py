@@ -101,6 +101,8 @@ def compile_graph(
     guard_optimizers()
     try:
         frame = _torch.current_frame(gm)
+        if not torch.is_grad_enabled():
+            _refuse_hidden_training(gm)
         if not _is_training(gm):
             refuse_changes(gm, frame, state.options.in_dims)
             return _compile_without_gradients(gm, inputs, frame, state, mode)
@@ -129,9 +131,10 @@ def _compile_without_gradients(
     _refuse_hidden_autograd(gm)
     decorated = state.before_release is not None
     check = None
-    # Evaluating a compiled model is as without us; an optimizer sees gradients, not samples.
-    if (decorated or torch.is_grad_enabled()) and not _torch.in_optimizer():
+    # An optimizer sees gradients, not samples; evaluating a compiled model is as without us.
+    if not _torch.in_optimizer():
         _refuse_functional_autograd(gm)
+    if (decorated or torch.is_grad_enabled()) and not _torch.in_optimizer():
         check = _watch_writes(gm, frame, state.options.in_dims)
     joint_pass = GraphPass(state, check)
     compiled = joint_pass.compile(gm, inputs, mode)
@@ -221,15 +224,30 @@ def _compile_training(
 
 
 def _is_training(gm: fx.GraphModule) -> bool:
-    if not torch.is_grad_enabled():
-        return False
+    return torch.is_grad_enabled() and bool(_differentiable_outputs(gm))
+
+
+def _differentiable_outputs(gm: fx.GraphModule) -> list[fx.Node]:
     found: list[fx.Node] = []
     fx.map_arg(gm.graph.output_node().args, found.append)
-    return any(
-        isinstance(value := node.meta.get("example_value"), torch.Tensor) and value.requires_grad
+    return [
+        node
         for node in found
         if node.op != "placeholder"
-    )
+        and isinstance(value := node.meta.get("example_value"), torch.Tensor)
+        and value.requires_grad
+    ]
+
+
+def _refuse_hidden_training(gm: fx.GraphModule) -> None:
+    """Refuse what is differentiable although gradients are off where the graph ends."""
+    for node in _differentiable_outputs(gm):
+        if not node.meta["example_value"].is_leaf:
+            raise PrivacyError(
+                "The step computes with gradients inside (torch.enable_grad) and is called "
+                "without (torch.no_grad), so what it returns would have gradients that are not "
+                f"private ({_torch.source_location(node)}). Call it with gradients enabled."
+            )
 
 
 def _refuse_hidden_autograd(gm: fx.GraphModule) -> None:

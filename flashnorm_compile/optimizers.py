@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,17 +15,22 @@ from flashnorm_compile.errors import PrivacyError
 from flashnorm_compile.released import came_from_us, releases_in
 from flashnorm_compile.state import StepState
 
-_running: list[StepState] = []
+_in_this_thread = threading.local()
 
 
 @contextlib.contextmanager
 def running(state: StepState) -> Iterator[None]:
     """Mark a private step as running: an optimizer that steps inside it is checked too."""
-    _running.append(state)
+    before = _running_step()
+    _in_this_thread.running = state
     try:
         yield
     finally:
-        _running.pop()
+        _in_this_thread.running = before
+
+
+def _running_step() -> StepState | None:
+    return getattr(_in_this_thread, "running", None)
 
 
 @functools.cache
@@ -61,12 +67,14 @@ def _checked(optimizer: torch.optim.Optimizer, value: Any) -> Any:
 
 
 def _check_gradients(optimizer: torch.optim.Optimizer) -> None:
-    """Refuse to use a gradient that is not private, inside a step or for its parameters."""
-    for position, parameter in enumerate(_parameters_of(optimizer)):
-        state = StepState.owner(parameter)
-        if state is None and not _running:
+    """Refuse to use a gradient that is not private, inside a step or beside its parameters."""
+    parameters = _parameters_of(optimizer)
+    owners = [StepState.owner(parameter) for parameter in parameters]
+    around = _running_step() or next((state for state in owners if state is not None), None)
+    for position, (parameter, state) in enumerate(zip(parameters, owners, strict=True)):
+        step = state or around
+        if step is None:
             continue
-        step = _running[-1] if state is None else state
         if step.accumulating:
             raise PrivacyError(
                 "optimizer.step() ran inside accumulate(), before the noise was added. Call it "

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from flashnorm_compile.errors import PrivacyError
 
@@ -52,3 +53,11 @@ def refuse_raw_backward(roots: Sequence[torch.Tensor], state: StepState | None =
             if following not in seen:
                 seen.add(following)
                 pending.append(following)
+
+
+def reaches_leaves(result: Any) -> bool:
+    """Whether a backward pass may start from what a step returns, other than a private graph's."""
+    nodes: list[Any] = [
+        x.grad_fn for x in pytree.tree_leaves(result) if isinstance(x, torch.Tensor)
+    ]
+    return any(node is not None and _PRIVATE not in node.metadata for node in nodes)

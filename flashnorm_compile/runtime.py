@@ -48,6 +48,7 @@ class PrivateGraph:
         device = sample.device
         probe = torch.empty(sample.shape[self.batch_dim], device=device, requires_grad=True)
         settings = state.settings
+        self._refuse_parameters(args, accumulating=settings.accumulating)
         scalars = state.scalars(settings, device)
         outputs = self.compiled(*args, probe, state.next_key(device), scalars)
         state.graphs_run += 1
@@ -57,6 +58,21 @@ class PrivateGraph:
         watch = _Backward(state, settings, parameters)
         watch.attach(marker.grad_fn, probe)
         return tuple(outputs)
+
+    def _refuse_parameters(self, args: Sequence[Any], *, accumulating: bool) -> None:
+        for index, name in self.parameters:
+            parameter = args[index]
+            if not parameter.is_leaf:
+                raise PrivacyError(
+                    f"{name} is not a leaf: it was computed outside of the step, and its gradient "
+                    "would flow on to where nothing watches it. Compute it inside the step."
+                )
+            if accumulating and parameter.dtype in (torch.bfloat16, torch.float16):
+                raise PrivacyError(
+                    f"{name} is {parameter.dtype}: each microbatch's sum would be rounded to it "
+                    "before the noise, by more than one sample may change it. Keep parameters in "
+                    "float32 under accumulate(), with torch.autocast for speed."
+                )
 
 
 @dataclass(frozen=True)
@@ -112,7 +128,7 @@ class _Backward:
         node.register_hook(self.after)
 
     @torch.compiler.disable
-    def before(self, _grad_outputs: Any) -> None:
+    def before(self, grad_outputs: Sequence[torch.Tensor | None]) -> None:
         """Run before anything is computed: refuse, or record the release."""
         self.runs += 1
         if self.runs > 1:
@@ -121,6 +137,9 @@ class _Backward:
                 "with the same noise. Run the forward again."
             )
         self._refuse_changed_settings()
+        if not self.state.options.loss_outside:
+            # None for a loss that is not differentiated.
+            self.state.refuse_zeros(grad for grad in grad_outputs if grad is not None)
         self.state.accept_zeroed()
         for parameter, name in self._alive():
             if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:

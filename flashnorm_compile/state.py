@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -133,6 +133,12 @@ class StepState:
         self.observations.append(Observation(norms, settings.max_grad_norm))
         self._refuse_if((norms == REFUSED).any(), _SEED_CHANGED)
 
+    def refuse_zeros(self, gradients: Iterable[torch.Tensor]) -> None:
+        """Refuse losses whose gradient is 0: what chose that may have looked at the samples."""
+        for gradient in gradients:
+            if gradient.numel() == 1:
+                self._refuse_if((gradient == 0).any(), _LOSS_LEFT_OUT)
+
     def accept_zeroed(self) -> None:
         """Accept released gradients that were zeroed since; refuse those changed otherwise.
 
@@ -180,6 +186,12 @@ def _on_device(
     values = torch.tensor(numbers, dtype=dtype, device="cpu", pin_memory=pinned)
     return values.to(device, non_blocking=True)
 
+
+_LOSS_LEFT_OUT = (
+    "backward() gives a loss of the compiled step the gradient 0: something outside (clamp, max, "
+    "where, a product with 0) left it out, which may depend on the samples. Put it inside the "
+    "compiled function, or leave the loss out of what backward() starts from."
+)
 
 _SEED_CHANGED = (
     "backward() did not start from the loss that the compiled step returned: the gradient that "

@@ -21,7 +21,7 @@ from flashnorm_compile.options import Options
 from flashnorm_compile.passes.pipeline import Report
 from flashnorm_compile.passes.plan import Plan
 from flashnorm_compile.released import came_from_us, mark_private, releases_in
-from flashnorm_compile.roots import refuse_raw_backward
+from flashnorm_compile.roots import reaches_leaves, refuse_raw_backward
 from flashnorm_compile.state import StepState
 
 P = ParamSpec("P")
@@ -150,7 +150,8 @@ class PrivateStep(Generic[P, R]):
                 "and its gradients not private. Run with TORCH_LOGS=recompiles to see what "
                 "changes from call to call, or raise torch._dynamo.config.recompile_limit."
             ) from error
-        if torch.is_grad_enabled() and state.graphs_run == graphs:
+        ran = state.graphs_run > graphs
+        if not ran and (torch.is_grad_enabled() or reaches_leaves(result)):
             discard_reachable(self._function, (args, kwargs, list(state.parameters)))
             raise PrivacyError(
                 f"{self.__name__} ran without a private graph: Dynamo was switched off "
@@ -256,7 +257,9 @@ class PrivateStep(Generic[P, R]):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the noise stream of a saved run.
 
-        To go back to older weights within a process, leave the state of the step as it is.
+        To go back to older weights within a process, leave the state of the step as it is. In
+        another process, releases that came after the save are drawn again with the same noise:
+        resume the sampler with it, so that they meet the same batches, or leave the step new.
 
         Raises:
             PrivacyError: the state is not a step's, or this process has drawn noise of the stream

@@ -14,6 +14,13 @@ from flashnorm_compile.passes.batch_axis import Constant, Value
 # Raise an error or do nothing, and return nothing. Other effects may also bring in values that
 # the graph does not explain: what a queue returns may be what a sample left there.
 _CHECKS = {torch.ops.aten._linalg_check_errors.default}
+_ASSERTS = (
+    "aten._assert_async",
+    "aten._assert_scalar",
+    "aten._assert_tensor_metadata",
+    "aten._local_scalar_dense",
+    "aten.item",
+)
 
 
 def refuse_effects(graph: fx.Graph, values: Mapping[fx.Node, Value]) -> None:
@@ -24,6 +31,7 @@ def refuse_effects(graph: fx.Graph, values: Mapping[fx.Node, Value]) -> None:
             sample is in the batch.
     """
     for node in graph.nodes:
+        _refuse_check_of_samples(node, values)
         effect = effect_of(node)
         if effect is None:
             continue
@@ -39,3 +47,15 @@ def refuse_effects(graph: fx.Graph, values: Mapping[fx.Node, Value]) -> None:
                 f"of them {where}, which would show data without noise. Use the function's "
                 "variant without checks, such as torch.linalg.inv_ex or torch.linalg.solve_ex."
             )
+
+
+def _refuse_check_of_samples(node: fx.Node, values: Mapping[fx.Node, Value]) -> None:
+    """Refuse asserts on samples, and numbers read from them, on which Python may assert."""
+    if str(node.target).rpartition(".")[0] not in _ASSERTS:
+        return
+    if any(not isinstance(values[arg], Constant) for arg in node.all_input_nodes):
+        raise PrivacyError(
+            f"The step has a side effect that depends on samples: {node.target}, at "
+            f"{source_location(node)}. An error for one sample would show, without noise, that it "
+            "is in the batch. Check the data before the step."
+        )

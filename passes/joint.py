@@ -7,7 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from flashnorm_compile._torch import descriptors, is_in_place, source_location
+from flashnorm_compile._torch import (
+    descriptors,
+    is_in_place,
+    shape_exprs,
+    size_expr,
+    source_location,
+)
 from flashnorm_compile.errors import PrivacyError
 
 
@@ -143,4 +149,19 @@ def _kept_writes(graph: fx.Graph, inputs: dict[fx.Node, int]) -> dict[int, fx.No
 def _has_tangents(placeholders: list[fx.Node]) -> bool:
     return any(
         isinstance(node.meta.get("desc"), descriptors.TangentAOTInput) for node in placeholders
+    )
+
+
+def no_loss(tangents: list[fx.Node], batch_size: int | torch.SymInt) -> str:
+    """Say that a function returns nothing that a backward may start from."""
+    batch = size_expr(batch_size)
+    shapes = [
+        f"[{', '.join('B' if size == batch else str(size) for size in shape)}]"
+        for shape in (shape_exprs(tangent.meta["val"].shape) for tangent in tangents)
+    ]
+    return (
+        f"The compiled function returns no loss, only outputs of shape {', '.join(shapes)}: what "
+        "a loss outside does with the samples is not seen. Compile the loss too; or promise, with "
+        "the option loss_outside=True, that it is computed for each sample by itself and then "
+        "reduced as loss_reduction says."
     )

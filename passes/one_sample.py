@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 from torch import fx
 
+from flashnorm_compile.errors import PrivacyError
 from flashnorm_compile.passes.batch_axis.analysis import Analysis
 from flashnorm_compile.passes.emit import Emitter
-from flashnorm_compile.passes.joint import JointGraph
+from flashnorm_compile.passes.joint import JointGraph, no_loss
 from flashnorm_compile.passes.norms import Norms, square_norm
 from flashnorm_compile.passes.plan import Plan, Row
 from flashnorm_compile.passes.release import insert_clipping, release_samples
@@ -30,17 +31,31 @@ def one_sample(joint: JointGraph, request: Request) -> Plan:
     squares = [context.emit(square_norm, x, before=before) for x in samples.values()]
     scale = context.emit(lambda x: x.new_full((), 1.0), context.batch, before=before)
     scalars = joint.inputs[request.scalars]
-    losses = [
-        tangent for tangent in joint.tangents if tangent.users and not _holds_samples(tangent)
-    ]
-    norm, weights = insert_clipping(Norms(squares, {}), scale, scalars, losses, [], context, before)
+    losses, zeros = _checked_tangents(joint, request)
+    norm, weights = insert_clipping(
+        Norms(squares, {}), scale, scalars, losses, zeros, context, before
+    )
     release_samples(joint, samples, weights, joint.inputs[request.key], scalars, context)
     joint.replace_gradient(request.probe, norm)
     return _plan(joint, request)
 
 
-def _holds_samples(tangent: fx.Node) -> bool:
-    return tangent.meta["val"].ndim > 0
+def _checked_tangents(joint: JointGraph, request: Request) -> tuple[list[fx.Node], list[fx.Node]]:
+    """Split the tangents that are checked at run time, as for more samples.
+
+    With one sample it does not show which dim holds it: what may come from outside is whatever
+    has a dim.
+    """
+    checked = [
+        tangent
+        for tangent in joint.tangents
+        if tangent.users and not (request.loss_outside and tangent.meta["val"].ndim > 0)
+    ]
+    losses = [tangent for tangent in checked if tangent.meta["val"].numel() == 1]
+    others = [tangent for tangent in checked if tangent not in losses]
+    if others and not losses:
+        raise PrivacyError(no_loss(others, 1))
+    return losses, others
 
 
 def _context(joint: JointGraph, request: Request) -> Context:

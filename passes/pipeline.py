@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from flashnorm_compile._torch import shape_exprs, size_expr, source_location
+from flashnorm_compile._torch import size_expr, source_location
 from flashnorm_compile.errors import PrivacyError
 from flashnorm_compile.passes.batch_axis import Batched, Constant, Mixed, Value, analyze
 from flashnorm_compile.passes.batch_axis.analysis import Analysis
@@ -15,7 +15,7 @@ from flashnorm_compile.passes.batch_size import Scales, check_batch_size
 from flashnorm_compile.passes.effects import refuse_effects
 from flashnorm_compile.passes.emit import Emitter
 from flashnorm_compile.passes.gradient_sites import ParameterGradient, find_gradient_sites
-from flashnorm_compile.passes.joint import JointGraph, read_joint_graph
+from flashnorm_compile.passes.joint import JointGraph, no_loss, read_joint_graph
 from flashnorm_compile.passes.loss import Ancestry, check_reduction, unreduce_normalisers
 from flashnorm_compile.passes.norms import Norms, insert_norms
 from flashnorm_compile.passes.one_sample import one_sample
@@ -170,17 +170,7 @@ def _checked_tangents(
         one_number = all(size_expr(size) == 1 for size in tangent.meta["val"].shape)
         (losses if one_number else others).append(tangent)
     if others and not losses:
-        batch = size_expr(request.batch_size)
-        shapes = [
-            f"[{', '.join('B' if size == batch else str(size) for size in shape)}]"
-            for shape in (shape_exprs(tangent.meta["val"].shape) for tangent in others)
-        ]
-        raise PrivacyError(
-            f"The compiled function returns no loss, only outputs of shape "
-            f"{', '.join(shapes)}: what a loss outside does with the samples is not "
-            "seen. Compile the loss too; or promise, with the option loss_outside=True, that it "
-            "is computed for each sample by itself and then reduced as loss_reduction says."
-        )
+        raise PrivacyError(no_loss(others, request.batch_size))
     return losses, others
 
 

@@ -15,39 +15,48 @@ from torch._guards import TracingContext
 Check = Callable[[Sequence[torch.Tensor]], None]
 
 
+_in_this_thread = threading.local()
+
+
 @contextlib.contextmanager
 def before_backward(check: Check) -> Iterator[None]:
     """Call ``check`` with the tensors that each backward pass of this thread starts from."""
-    run_backward = torch.autograd._engine_run_backward
-    thread = threading.get_ident()
-    torch.autograd._engine_run_backward = _checked(
-        run_backward, lambda: threading.get_ident() == thread, check
-    )
+    _watch()
+    before = getattr(_in_this_thread, "checks", ())
+    _in_this_thread.checks = (*before, check)
     try:
         yield
     finally:
-        torch.autograd._engine_run_backward = run_backward
+        _in_this_thread.checks = before
 
 
 @functools.cache
 def before_backward_in(backend: Callable[..., Any], check: Check) -> None:
     """Call ``check`` for each backward pass inside a function compiled with ``backend``."""
-    torch.autograd._engine_run_backward = _checked(
-        torch.autograd._engine_run_backward, lambda: _is_inside(backend), check
-    )
+    _watch()
+    _by_backend.append((backend, check))
 
 
-def _checked(
-    run_backward: Callable[..., Any], applies: Callable[[], bool], check: Check
-) -> Callable[..., Any]:
+_by_backend: list[tuple[Callable[..., Any], Check]] = []
+
+
+@functools.cache
+def _watch() -> None:
+    """Look at every backward pass of this process before it runs."""
+    run_backward = torch.autograd._engine_run_backward
+
     @torch.compiler.disable
     def checked(roots: Sequence[torch.Tensor], *args: Any, **kwargs: Any) -> Any:
         # The compiler differentiates what it traces; nothing is computed then.
-        if TracingContext.try_get() is None and applies():
-            check(roots)
+        if TracingContext.try_get() is None:
+            for check in getattr(_in_this_thread, "checks", ()):
+                check(roots)
+            for backend, check in _by_backend:
+                if _is_inside(backend):
+                    check(roots)
         return run_backward(roots, *args, **kwargs)
 
-    return checked
+    torch.autograd._engine_run_backward = checked
 
 
 def _is_inside(backend: Callable[..., Any]) -> bool:

@@ -75,6 +75,12 @@ class Frame:
     end: GraphBreak | None
 
 
+def _is_method(code: CodeType, owner: Any) -> bool:
+    """Whether code is that of a method of an object."""
+    method = inspect.unwrap(getattr(type(owner), code.co_name, None) or _is_method)
+    return getattr(method, "__code__", None) is code
+
+
 def current_frame(gm: fx.GraphModule) -> Frame:
     """Describe the frame whose graph Dynamo hands to the backend."""
     from torch._dynamo.resume_execution import ContinueExecutionCache
@@ -87,10 +93,9 @@ def current_frame(gm: fx.GraphModule) -> Frame:
     original = code if metadata is None else metadata.code
     arguments = _argument_names(original)
     positional = arguments[: original.co_argcount]
-    if positional and isinstance(translator.f_locals.get(positional[0]), torch.nn.Module):
-        # vmap's in_dims count the arguments of a bound forward, not the module itself.
-        is_method = original.co_name in ("forward", "__call__")
-        positional = positional[1:] if is_method else positional
+    if positional and _is_method(original, translator.f_locals.get(positional[0])):
+        # vmap's in_dims count the arguments of a bound method, not the object itself.
+        positional = positional[1:]
     earlier: tuple[GraphBreak, ...] = ()
     if metadata is not None:
         line = int(code.co_name.rsplit("_at_", 1)[-1]) if "_at_" in code.co_name else 10**9
