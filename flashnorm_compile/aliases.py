@@ -30,8 +30,9 @@ def refuse_shared_memory(
                     raise PrivacyError(
                         f"{sample} shares its memory with {constant}, which counts as the same "
                         f"for every sample: what {constant} brings into the loss would not be "
-                        f"protected. If {sample} holds samples, keep them out of {constant}, or "
-                        f"pass {sample}.clone() if {constant} holds none."
+                        f"protected. If they are samples, keep them out of {constant}; if they "
+                        f"are none, give {sample} the entry None in in_dims, or pass "
+                        f"{sample}.clone()."
                     )
 
 

@@ -345,5 +345,5 @@ class PrivateStep(Generic[P, R]):
 
     def _reports(self) -> list[Report]:
         if not self._state.reports:
-            raise PrivacyError("The step was not compiled yet; call it once.")
+            raise PrivacyError("Nothing was compiled yet: call the step with a sample or more.")
         return self._state.reports

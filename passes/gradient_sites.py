@@ -149,9 +149,11 @@ class ParameterGradient:
 
 
 def _adds_once(node: fx.Node) -> bool:
-    """Whether a node is the plain sum of two different ones."""
-    plain = node.target is aten.add.Tensor and not node.kwargs and len(node.args) == 2
-    return plain and node.args[0] is not node.args[1]
+    """Whether a node is the plain sum of two different ones of its shape."""
+    if node.target is not aten.add.Tensor or node.kwargs or len(node.all_input_nodes) != 2:
+        return False
+    shape = node.meta["val"].shape
+    return all(arg.meta["val"].shape == shape for arg in node.all_input_nodes)
 
 
 def _permutation(node: fx.Node) -> list[int]:
@@ -302,11 +304,15 @@ def _only_in(node: fx.Node, mixed: list[fx.Node], positions: tuple[int, ...]) ->
 def _adds_constant(node: fx.Node, analysis: Analysis) -> bool:
     if str(node.target) in _FUSED:
         c, a, b = _fma_arguments(node)
+        if not isinstance(c, fx.Node):
+            return c != 0
         products = [x for x in (a, b) if isinstance(x, fx.Node)]
         if all(isinstance(analysis[x], Constant) for x in products):
             return True
         return isinstance(analysis[c], Constant) and not is_zero_fill(c)
     if node.target in _SUMS:
+        if any(isinstance(arg, (int, float)) and arg for arg in node.args[:2]):
+            return node.target in (aten.add.Tensor, aten.sub.Tensor)
         arguments = node.all_input_nodes
     elif node.target in _WRITES:
         arguments = [

@@ -148,9 +148,13 @@ def _release(
 
 def _samples_in_place(gradient: ParameterGradient, norms: Norms) -> fx.Node | None:
     """The per-sample gradients, where they lie as the parameter does."""
-    if len(gradient.sites) == 1 and (samples := norms.per_sample.get(gradient.sites[0].node)):
-        return samples if gradient.orientation(gradient.sites[0]) is False else None
-    return norms.per_sample.get(gradient.output)
+    if (samples := norms.per_sample.get(gradient.output)) is not None:
+        return samples
+    if gradient.affine:
+        raise AssertionError(f"{gradient.name}: its norm is not that of its own samples")
+    if len(gradient.sites) == 1 and gradient.orientation(gradient.sites[0]) is False:
+        return norms.per_sample.get(gradient.sites[0].node)
+    return None
 
 
 def _sum_over_samples(

@@ -68,14 +68,18 @@ class Case:
 
 @dataclass(frozen=True)
 class PrivateResult:
-    """What one private step left behind."""
+    """What one private step left behind, and the step."""
 
     loss: Any
     norms: Tensor
     factors: Tensor
     nonfinite_samples: int
     grads: dict[str, Tensor | None]
-    plan: Plan
+    step: Any
+
+    @property
+    def plan(self) -> Plan:
+        return self.step.plan
 
 
 class Zoo(dict[str, Case]):
@@ -158,7 +162,7 @@ def read_result(step: Any, model: nn.Module, loss: Any) -> PrivateResult:
         factors=step.clipping_factors,
         nonfinite_samples=step.nonfinite_samples,
         grads=gradients_of(model),
-        plan=step.plan,
+        step=step,
     )
 
 

@@ -13,6 +13,7 @@ aten = torch.ops.aten
 B0, B1, B2 = batched(0), batched(1), batched(2)
 MEETS = "pairs different samples"
 GATHERS = "gathers across samples"
+PLACES = "meets constants by its position in the batch"
 WRITES = "writes across samples"
 ADDS = "accumulates over the batch axis"
 
@@ -103,7 +104,13 @@ INDEXING = [
     case(aten.scatter.value, k(3, 4), 1, ix(3, 1), 1.0, to=B0),
     case(aten.scatter.value, k(5, 4), 1, ix(3, 1), 1.0, to=WRITES),
     case(aten.scatter.value, k(3, 4), 0, ix(3, 4), 1.0, to=WRITES),
-    case(aten.scatter.value, x(3, 4), 0, ints(2, 4), 1.0, to=B0),
+    case(aten.scatter.value, x(3, 4), 0, ints(2, 4), 1.0, to=WRITES),
+    case(aten.scatter.value, x(3, 4), 1, ints(3, 2), 1.0, to=B0),
+    case(aten.scatter.value, x(3, 4), 1, ints(2, 2), 1.0, to=PLACES),
+    case(aten.scatter_add.default, k(3, 4), 1, ix(3, 1), k(3, 1), to=B0),
+    case(aten.scatter_add.default, k(3, 4), 1, ix(3, 1), k(5, 1), to=WRITES),
+    case(aten.gather.default, k(3, 3), 1, ix(3, 2), to=B0),
+    case(aten.gather.default, k(5, 3), 1, ix(3, 2), to=PLACES),
     case(aten.scatter_add.default, k(3, 3), 0, ix(3, 3), x(3, 3), to=ADDS),
     case(aten.scatter_add.default, k(3, 3), 0, ints(3, 3), x(3, 3, dim=1), to=B1),
     case(aten.scatter_add.default, k(3, 3), 0, ints(2, 3), x(3, 3), to=ADDS),

@@ -173,6 +173,8 @@ def test_empty_batch_with_noise():
     model = case.build_model()
     step = private_step(case.loss, noise_multiplier=2.0, max_grad_norm=3.0, seed=0)
     call(step, model, case.build_batch(0))
+    with pytest.raises(fn.PrivacyError, match="Nothing was compiled yet: call the step with a"):
+        _ = step.plan
     drawn = torch.cat([grad.flatten() for grad in gradients_of(model).values()])
     drawn = drawn * EXPECTED_BATCH_SIZE / 6.0
     assert drawn.numel() == 83

@@ -281,7 +281,7 @@ def test_buffer_that_shares_an_array_with_the_batch():
 
 
 def test_weights_of_a_loss_that_share_memory():
-    """Constants may share memory with each other."""
+    """Constants may share memory with each other, where they are known to be constants."""
     x, y, weight = torch.randn(4, 6), torch.randint(3, (4,)), torch.rand(3)
 
     class Trainer:
@@ -294,7 +294,10 @@ def test_weights_of_a_loss_that_share_memory():
             loss.backward()
             return loss.detach()
 
-    step = private(Trainer().step)
+    assert "self['weight'] shares its memory with criterion.weight" in refused(
+        private(Trainer().step), x, y
+    )
+    step = private(Trainer().step, in_dims={"self": {"weight": None}})
     step(x, y)
     assert torch.isfinite(step.per_sample_norms).all()
 

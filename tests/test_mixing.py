@@ -371,6 +371,30 @@ def rows_scattered_by_tokens_in_different_order(model, tokens, z):
     return (model.weight * table).sum() / z.shape[0]
 
 
+class Rows(nn.Module):
+    """More rows than samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(9, 3))
+        self.register_buffer("rows", torch.randn(9, 2))
+
+
+def places():
+    return (torch.randint(3, (4, 2)),)
+
+
+@mixing("by its position", model=Rows, batch=places)
+def row_of_a_weight_by_position(model, places):
+    return model.weight.gather(1, places).square().mean()
+
+
+@mixing("aten.scatter_add.default writes", model=Rows, batch=places)
+def row_of_a_buffer_by_position(model, places):
+    mixed = torch.zeros(places.shape[0], 3).scatter_add(1, places, model.rows)
+    return (mixed * model.weight[0]).square().mean()
+
+
 @mixing("aten.scatter_add.default pairs different samples", model=lambda: Table(5, 2),
         batch=tokens_and_rows)
 def entries_scattered_by_tokens_in_different_order(model, tokens, z):

@@ -121,6 +121,19 @@ def test_an_assert_on_weights():
     assert model.weight.grad is not None
 
 
+@pytest.mark.parametrize("size", [1, 4])
+def test_bounds_of_classes_that_torch_checks(size):
+    """Lookups check them too, in their kernels."""
+
+    def step(model, x, y):
+        return (model(x) - F.one_hot(y, 2)).square().mean()
+
+    x, y = batch()
+    model = nn.Linear(3, 2)
+    private(step)(model, x[:size], y[:size]).backward()
+    assert model.weight.grad is not None
+
+
 @dataclasses.dataclass
 class Batch:
     x: torch.Tensor

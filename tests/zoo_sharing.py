@@ -275,6 +275,55 @@ for name, function in {
                 regression(5, 6, targets=(5, 6)), mse)
 
 
+class RegularisedPart(nn.Module):
+    """Two parameters are added up and used as one; a regulariser knows one of them."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        shape = {"linear": (4, 6), "conv": (4, 6, 3), "embedding": (VOCAB, 6), "bias": (6,)}[kind]
+        self.base = nn.Parameter(torch.randn(shape) / 2)
+        self.part = nn.Parameter(torch.randn(shape) / 2)
+
+    def forward(self, x):
+        whole = self.base + self.part
+        if self.kind == "linear":
+            return F.linear(x, whole)
+        if self.kind == "conv":
+            return F.conv1d(x, whole)
+        return F.embedding(x, whole) if self.kind == "embedding" else x + whole
+
+
+def regularised(model, x):
+    return model(x).square().mean() + 0.3 * model.part.sum() + model.part.square().sum()
+
+
+for kind, inputs in {
+    "linear": lambda size: (torch.randn(size, 5, 6),),
+    "conv": lambda size: (torch.randn(size, 6, 5),),
+    "embedding": lambda size: (torch.randint(VOCAB, (size, 5)),),
+    "bias": lambda size: (torch.randn(size, 5, 6),),
+}.items():
+    SHARING.add(f"regularised_part_of_{kind}", functools.partial(RegularisedPart, kind), inputs,
+                regularised)
+
+
+class LowRankUpdate(nn.Module):
+    """LoRA written by hand: the weight and its update are trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.base = nn.Parameter(torch.randn(6, 6) / 2)
+        self.up, self.part = nn.Parameter(torch.randn(6, 2)), nn.Parameter(torch.randn(2, 6))
+
+    def forward(self, x):
+        return F.linear(x, self.base + self.up @ self.part)
+
+
+SHARING.add("regularised_low_rank_update", LowRankUpdate, lambda size: (torch.randn(size, 5, 6),),
+            regularised)
+
+
 class Siamese(nn.Module):
     """One encoder on two inputs, with a distance per sample."""
 

@@ -30,6 +30,7 @@ from flashnorm_compile._torch.frames import (
     uncompiled_caller,
 )
 from flashnorm_compile._torch.graphs import (
+    called_in,
     effect_of,
     is_in_place,
     number_expr,
@@ -68,6 +69,7 @@ __all__ = [
     "before_backward",
     "before_backward_in",
     "before_module_compile",
+    "called_in",
     "changed_inputs",
     "compile_with_inductor",
     "compile_without_codegen",

@@ -56,6 +56,12 @@ def source_location(node: fx.Node) -> str:
     return "" if parsed is None else f"{parsed.file}:{parsed.lineno}, code: {parsed.code}"
 
 
+def called_in(node: fx.Node) -> Any | None:
+    """Return the function that the user called and a node comes from; None if not known."""
+    stack = node.meta.get("source_fn_stack")
+    return stack[-1][1] if stack else None
+
+
 def effect_of(node: fx.Node) -> Any | None:
     """Return the op that a node runs for its side effect, in order; None for any other node."""
     from torch._higher_order_ops.effects import with_effects

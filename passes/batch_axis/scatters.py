@@ -8,6 +8,8 @@ from flashnorm_compile.passes.batch_axis.registry import rule
 from flashnorm_compile.passes.batch_axis.sizes import same
 from flashnorm_compile.passes.batch_axis.values import Batched, Constant, Value
 
+POSITIONS = "meets constants by its position in the batch"
+
 
 def _same_ndim(call: Call, *names: str) -> bool:
     nodes = [call[name] for name in names if call.get(name) is not None]
@@ -21,12 +23,13 @@ def gather(call: Call) -> Value:
         return call.mixed(GATHERS)
     source = call.value(call["self"])
     axis = call.join([source, call.value(call["index"])])
-    if not isinstance(axis, Batched) or isinstance(source, Constant):
+    if not isinstance(axis, Batched):
         return axis
     if axis.dim == call.dim(call["dim"]):
-        return call.mixed(GATHERS)
-    whole = same(call.out_shape[axis.dim], call.shape[axis.dim])
-    return axis if whole else call.mixed("takes some of the samples")
+        return axis if isinstance(source, Constant) else call.mixed(GATHERS)
+    if same(call.out_shape[axis.dim], call.shape[axis.dim]):
+        return axis
+    return call.mixed(POSITIONS if isinstance(source, Constant) else "takes some of the samples")
 
 
 @rule("aten.scatter", "aten.scatter_add", "aten.scatter_reduce", batched=None)
@@ -38,13 +41,13 @@ def scatter(call: Call) -> Value:
         return call.mixed(WRITES)
     update = call.join([call.value(call["index"]), call.value(src)])
     axis = call.join([call.value(call["self"]), update])
-    if not isinstance(axis, Batched) or isinstance(update, Constant):
-        return axis  # constants at constant places keep the axis of self
+    if not isinstance(axis, Batched):
+        return axis
     if axis.dim == call.dim(call["dim"]):
         return call.mixed(WRITES if "add" not in str(call.node.target) else ACCUMULATES)
-    batched = call["index"] if isinstance(call.value(call["index"]), Batched) else src
-    whole = same(call.shape[axis.dim], shape_of(batched)[axis.dim])
-    return axis if whole else call.mixed(WRITES)
+    sizes = [shape_of(node)[axis.dim] for node in (call["index"], src) if node is not None]
+    whole = all(same(call.shape[axis.dim], size) for size in sizes)
+    return axis if whole else call.mixed(POSITIONS if isinstance(update, Constant) else WRITES)
 
 
 @rule("aten.masked_scatter")

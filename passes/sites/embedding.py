@@ -82,6 +82,10 @@ class EmbeddingSite(Site):
         dims = scatter.gradients.meta["val"].ndim - 1
         if scatter.tokens.meta["val"].ndim != dims or not isinstance(gradients, Batched):
             return None
+        *lead, width = scatter.gradients.meta["val"].shape
+        tokens_fit = zip(scatter.tokens.meta["val"].shape, lead, strict=True)
+        if width != node.meta["val"].shape[1] or any(a not in (1, b) for a, b in tokens_fit):
+            return None
         if gradients.dim >= dims or (isinstance(tokens, Batched) and tokens != gradients):
             return None
         if scatter.mask is not None:
