@@ -27,6 +27,10 @@ from torch import Tensor, nn
 #: float32 differs in summation order only.
 TOLERANCES = {"bf16": (0.15, 1e-2, 0.6), "fp32": (1e-3, 1e-3, 1e-2)}
 NEGLIGIBLE = 1e-3
+#: Ours may find norms above the true ones, on purpose: where bf16 products could round by more
+#: than a norm shows, the norm is raised to a bound that no contribution exceeds
+#: (passes/sites/rounding.py). By 1.3 % for a sample of 512 tokens at d=2048.
+SURPLUS = {"bf16": 0.03, "fp32": 0.0}
 #: Of the noise's standard deviation; the smallest model here has 29 000 parameters: 0.4 %.
 NOISE_TOLERANCE = 0.03
 #: This many samples' norms set C, so that about half of the samples are clipped.
@@ -107,7 +111,7 @@ def compare(reference: Reference, method: Method) -> Verdict:
         )
     gradient_error, each, most = _relative_errors(expected, actual)
     worst = max(each, key=lambda name: each[name])
-    norm_error = _norm_error(reference.norms, method.norms())
+    norm_error = _norm_error(reference.norms, method.norms(), SURPLUS[precision])
     reason = ""
     # Written so that NaN fails.
     if not gradient_error <= gradient_tolerance:
@@ -135,13 +139,15 @@ def _relative_errors(
     return float(differences.norm() / whole), by_name, names[int(differences.argmax())]
 
 
-def _norm_error(expected: Tensor, actual: Tensor | None) -> float | None:
+def _norm_error(expected: Tensor, actual: Tensor | None, surplus: float) -> float | None:
+    """Return the largest relative error of the norms, those above by no more than the surplus 0."""
     if actual is None:
         return None
     actual = actual.detach().float().flatten().cpu()
     if actual.shape != expected.shape:
         return float("inf")
-    return float(((actual - expected) / expected).abs().max())
+    error = (actual - expected) / expected
+    return float(torch.maximum(-error, error - surplus).clamp(min=0).max())
 
 
 def noise_ratio(method: Method, max_grad_norm: float) -> float:

@@ -108,7 +108,7 @@ class Compiled(Method):
 
 
 class CompiledForAnySize(Compiled):
-    """The baseline for batches of any size, as private steps are compiled."""
+    """The baseline for batches of any size."""
 
     def set_up(self) -> None:
         super().set_up()

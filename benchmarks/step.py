@@ -41,71 +41,113 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     deadline = time.monotonic() + options.total_limit
     results: list[dict[str, Any]] = []
-    for workload in options.workload:
-        for method in options.methods:
-            job = Job(
-                workload=workload,
-                method=method,
-                device=options.device,
-                autocast=options.precision == "bf16",
-                lowering=options.lowering,
-                warmup=options.warmup,
-                iterations=options.iterations,
-                profile=options.profile
-                and (method == "compiled" or method.startswith("flashnorm")),
-            )
+    with _Workers(_jobs(options), options) as workers:
+        for job in workers.jobs:
             limit = min(options.time_limit, deadline - time.monotonic())
-            result = _run(job, options, limit)
+            result = _run(job, workers, options, limit)
             results.append(result)
-            rows = [row for row in results if row["job"]["workload"] == workload]
+            rows = [row for row in results if row["job"]["workload"] == job.workload]
             print(report.one_line(result, rows), flush=True)
             report.write(options.output, results, command)
     print(f"\n{report.markdown(results, command)}")
     return int(any(result["status"] == "wrong" for result in results))
 
 
-def _run(job: Job, options: argparse.Namespace, limit: float) -> dict[str, Any]:
+def _jobs(options: argparse.Namespace) -> list[Job]:
+    return [
+        Job(
+            workload=workload,
+            method=method,
+            device=options.device,
+            autocast=options.precision == "bf16",
+            lowering=options.lowering,
+            warmup=options.warmup,
+            iterations=options.iterations,
+            profile=options.profile and (method == "compiled" or method.startswith("flashnorm")),
+        )
+        for workload in options.workload
+        for method in options.methods
+    ]
+
+
+def _run(
+    job: Job, workers: _Workers, options: argparse.Namespace, limit: float
+) -> dict[str, Any]:
     result: dict[str, Any] = {"job": dataclasses.asdict(job)}
     if options.skip_slow and job.method in SLOW:
         return result | {"status": "skipped", "reason": "--skip-slow"}
     if limit < SHORTEST_RUN_S:
         return result | {"status": "skipped", "reason": "--total-limit is used up"}
-    log = options.output / "log.txt"
-    environment = dict(os.environ)
-    if options.dump_code and job.method.startswith("flashnorm"):
-        name = f"code-{job.workload}-{job.method}.txt"
-        environment |= {
-            "TORCH_LOGS": "output_code",
-            "TORCH_LOGS_OUT": str((options.output / name).absolute()),
-            # A graph that comes out of the cache is not printed.
-            "TORCHINDUCTOR_FX_GRAPH_CACHE": "0",
-        }
-    with tempfile.TemporaryDirectory() as folder:
-        path = pathlib.Path(folder, "result.json")
-        worker = pathlib.Path(__file__).with_name("worker.py")
-        command = [sys.executable, str(worker), json.dumps(dataclasses.asdict(job)), str(path)]
-        with log.open("a") as stream:
-            print(f"==== {job.workload} {job.method}", file=stream, flush=True)
-            status = _call(command, environment, stream, limit)
-        if path.exists():
-            return json.loads(path.read_text())
+    status, text = workers.run(job, limit)
+    if text is not None:
+        return json.loads(text)
     reason = f"no result within {limit:.0f} s" if status is None else f"exit status {status}"
     return result | {"status": "timeout" if status is None else "failed", "reason": reason}
 
 
-def _call(command: list[str], environment: dict[str, str], stream: Any, limit: float) -> int | None:
-    """Run a process and return its exit status; end it and its children at the limit (None)."""
-    with subprocess.Popen(
-        command, env=environment, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
-    ) as process:
+class _Workers(contextlib.ExitStack):
+    """One process a job. The next one imports what it needs while one is measured, and waits."""
+
+    def __init__(self, jobs: Sequence[Job], options: argparse.Namespace) -> None:
+        super().__init__()
+        self.jobs = jobs
+        self.options = options
+        self._ready: dict[Job, subprocess.Popen[bytes]] = {}
+        self._folder = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory()))
+        self._log = self.enter_context((options.output / "log.txt").open("a"))
+        self.callback(self._end)
+
+    def run(self, job: Job, limit: float) -> tuple[int | None, str | None]:
+        """Return a job's exit status (None where it was ended at the limit), and its result."""
+        process = self._started(job)
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
+        position = self.jobs.index(job)
+        for following in self.jobs[position + 1 : position + 2]:
+            self._started(following)
         try:
-            return process.wait(timeout=limit)
-        except BaseException as error:
+            status: int | None = process.wait(timeout=limit)
+        except subprocess.TimeoutExpired:
+            status = None
+        self._end(job)
+        path = self._result(job)
+        return status, path.read_text() if path.exists() else None
+
+    def _result(self, job: Job) -> pathlib.Path:
+        return self._folder / f"{job.workload}-{job.method}.json"
+
+    def _started(self, job: Job) -> subprocess.Popen[bytes]:
+        if job not in self._ready:
+            worker = pathlib.Path(__file__).with_name("worker.py")
+            job_text = json.dumps(dataclasses.asdict(job))
+            print(f"==== {job.workload} {job.method}", file=self._log, flush=True)
+            self._ready[job] = subprocess.Popen(
+                [sys.executable, str(worker), job_text, str(self._result(job))],
+                env=self._environment(job), stdin=subprocess.PIPE, stdout=self._log,
+                stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+        return self._ready[job]
+
+    def _environment(self, job: Job) -> dict[str, str]:
+        environment = dict(os.environ)
+        if self.options.dump_code and job.method.startswith("flashnorm"):
+            name = f"code-{job.workload}-{job.method}.txt"
+            environment |= {
+                "TORCH_LOGS": "output_code",
+                "TORCH_LOGS_OUT": str((self.options.output / name).absolute()),
+                # A graph that comes out of the cache is not printed.
+                "TORCHINDUCTOR_FX_GRAPH_CACHE": "0",
+            }
+        return environment
+
+    def _end(self, *jobs: Job) -> None:
+        """End jobs, or all, and their children."""
+        for job in jobs or tuple(self._ready):
+            process = self._ready.pop(job)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            if isinstance(error, subprocess.TimeoutExpired):
-                return None
-            raise
+            process.wait()
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import importlib
 import json
 import pathlib
 import platform
@@ -129,7 +130,17 @@ def _machine(device: str) -> dict[str, str]:
     return found
 
 
+def _import_ahead(job: Job) -> None:
+    """Import what takes time, without a look at the device."""
+    if job.method != "eager" and job.lowering == "inductor":
+        importlib.import_module("torch._inductor.compile_fx")
+    if job.method.startswith("flashnorm"):
+        importlib.import_module("flashnorm_compile")
+
+
 if __name__ == "__main__":
     job_text, result_path = sys.argv[1:]
+    _import_ahead(Job(**json.loads(job_text)))
+    sys.stdin.read()  # until the process before has ended
     finished = run_job(Job(**json.loads(job_text)))
     pathlib.Path(result_path).write_text(json.dumps(finished))

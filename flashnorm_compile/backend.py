@@ -182,6 +182,28 @@ def _make_batch_symbolic(gm: fx.GraphModule, roles: Roles) -> None:
         _torch.trace_again("the batch size is a symbol")
 
 
+def _size_to_fix(gm: fx.GraphModule, roles: Roles, state: StepState) -> torch.SymInt | None:
+    """Return the batch size if code is to be made for this number alone.
+
+    What is proved and rewritten holds for all sizes; code for one is faster. As without us, the
+    first size is fixed and a second makes code for any, unless ``dynamic`` or marks of the
+    batch ask for one or the other.
+    """
+    size = roles.batch_size
+    if isinstance(size, int) or state.options.lowering == "eager":
+        return None
+    dynamic, hint = _torch.requested_dynamic(), _torch.size_hint(size)
+    if dynamic is None:
+        placeholders = gm.graph.find_nodes(op="placeholder")
+        dynamic = state.first_size not in (None, hint) or any(
+            _torch.is_marked_dynamic(placeholders[each.index], each.batch_dim)
+            for each in roles.inputs
+            if each.batch_dim is not None
+        )
+        state.first_size = state.first_size or hint
+    return None if dynamic else size
+
+
 def _compile_training(
     gm: fx.GraphModule, inputs: Sequence[Any], roles: Roles, state: StepState, mode: str | None
 ) -> Callable[..., Any]:
@@ -211,7 +233,7 @@ def _compile_training(
         loss_outside=state.options.loss_outside,
     )
     extended, extra = _append_state(gm, roles)
-    joint_pass = GraphPass(state, request)
+    joint_pass = GraphPass(state, request, _size_to_fix(gm, roles, state))
     compiled = joint_pass.compile(extended, [*inputs, *extra], mode)
     if joint_pass.error is not None:
         return refusal(joint_pass.error)

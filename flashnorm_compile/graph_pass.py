@@ -24,11 +24,22 @@ class GraphPass(_torch.CustomGraphPass):
     """A pass over AOTAutograd's graph, as Inductor calls it.
 
     A refusal is kept rather than raised, so that the compiler's own error does not wrap it.
+
+    Args:
+        state: of the step.
+        work: what to do with the graph.
+        fixed_size: a symbolic size that is fixed once the graph is rewritten.
     """
 
-    def __init__(self, state: StepState, work: Request | StateWrites | None) -> None:
+    def __init__(
+        self,
+        state: StepState,
+        work: Request | StateWrites | None,
+        fixed_size: torch.SymInt | None = None,
+    ) -> None:
         self.state = state
         self.work = work
+        self.fixed_size = fixed_size
         self.error: PrivacyError | None = None
         self.ran = False
 
@@ -40,6 +51,8 @@ class GraphPass(_torch.CustomGraphPass):
                 case Request() as request:
                     if (report := make_private(graph, request)) is not None:
                         self.state.reports.append(report)
+                    if self.fixed_size is not None:
+                        _torch.fix_size(self.fixed_size)
                 case StateWrites() as check:
                     check(graph)
         except PrivacyError as error:

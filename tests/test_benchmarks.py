@@ -11,6 +11,7 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "benchmarks"))
 
+import checks
 import methods
 import step
 import worker
@@ -159,3 +160,12 @@ def test_kernels_fall_into_families():
     )
     assert "noise" in text
     assert "+1.40" in text
+
+
+def test_norms_may_be_above_by_the_surplus_and_below_by_nothing():
+    expected = torch.tensor([1.0, 2.0])
+    assert checks._norm_error(expected, torch.tensor([1.02, 2.0]), 0.03) == 0
+    assert checks._norm_error(expected, torch.tensor([1.04, 2.0]), 0.03) == pytest.approx(0.01)
+    assert checks._norm_error(expected, torch.tensor([1.0, 1.96]), 0.03) == pytest.approx(0.02)
+    assert checks._norm_error(expected, torch.tensor([1.0, float("nan")]), 0.03) != 0
+    assert checks._norm_error(expected, torch.ones(3), 0.03) == float("inf")

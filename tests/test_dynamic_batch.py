@@ -1,4 +1,4 @@
-"""A batch axis that is symbolic from the first step: one compilation, and right at every size."""
+"""Batch sizes that change: one compilation where the axis is symbolic, right at every size."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch._dynamo.source import ConstantSource
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from zoo_modules import all_cases
 
+from flashnorm_compile import _torch
 from flashnorm_compile._torch import size_expr
 
 CASES = all_cases()
@@ -103,6 +104,29 @@ def test_compiles_once_for_all_batch_sizes_with_inductor(name):
 def test_compiles_once_with_all_axes_symbolic(name):
     """Height and width are one symbol where they agree: some sizes are quotients of others."""
     check_sizes(CASES[name], lowering="eager", dynamic=True)
+
+
+@pytest.mark.parametrize(("dynamic", "graphs"), [(None, 2), (True, 1), (False, 3)])
+def test_code_for_one_size_or_for_any(dynamic, graphs, monkeypatch):
+    """As for ``torch.compile``; the graphs are run as they are, which takes no time to compile."""
+    monkeypatch.setattr(_torch, "compile_with_inductor", without_codegen)
+    case = CASES["dense-mlp"]
+    model = case.build_model()
+    step = private_step(case.loss, lowering="inductor", dynamic=dynamic)
+    for size in (13, 10, 7, 13, 10):
+        batch = case.build_batch(size)
+        model.zero_grad()
+        actual = read_result(step, model, call(step, model, batch))
+        expected = clip(run_oracle(case, batch), 1.0, case.loss_reduction)
+        assert_matches_oracle(
+            expected, norms=actual.norms, factors=actual.factors, grads=actual.grads
+        )
+    assert len(step.graphs) == graphs
+
+
+def without_codegen(gm, inputs, joint_pass, settings):
+    assert settings == {}
+    return _torch.compile_without_codegen(gm, inputs, joint_pass)
 
 
 def test_division_without_a_rest_is_written_as_one():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -18,7 +19,10 @@ from driver import (
 from oracle import assert_matches_oracle
 from test_inductor import SITES
 from test_modules import WITH_INDUCTOR
+from typer.testing import CliRunner
 from zoo_modules import all_cases
+
+from flashnorm_compile.cli import app
 
 CASES = {name: replace(case, device="cuda") for name, case in all_cases().items()}
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -98,6 +102,17 @@ def test_accumulation():
             loss = call(step, model, tuple(part[rows] for part in batch))
     found = read_result(step, model, loss)
     assert_matches_oracle(expected, norms=found.norms, factors=found.factors, grads=found.grads)
+
+
+@pytest.mark.inductor
+def test_trains_the_digits_classifier(tmp_path):
+    """Its kernels were once too much for Triton's compiler."""
+    result = CliRunner().invoke(app, [
+        "train", "--device", "cuda", "--epochs", "2", "--no-baseline", "--output-dir", str(tmp_path)
+    ])
+    assert result.exit_code == 0, result.output
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["device"].startswith("cuda")
 
 
 @pytest.mark.inductor

@@ -56,6 +56,16 @@ def source_location(node: fx.Node) -> str:
     return "" if parsed is None else f"{parsed.file}:{parsed.lineno}, code: {parsed.code}"
 
 
+def size_hint(size: torch.SymInt) -> int:
+    """Return what a symbolic size is in this call."""
+    return int(size.node.hint)
+
+
+def fix_size(size: torch.SymInt) -> None:
+    """Make a symbolic size the number that it is in this call, by a guard."""
+    int(size)
+
+
 def called_in(node: fx.Node) -> Any | None:
     """Return the function that the user called and a node comes from; None if not known."""
     stack = node.meta.get("source_fn_stack")

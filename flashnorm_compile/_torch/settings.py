@@ -140,6 +140,13 @@ def require_strict_dynamo() -> None:
     dynamo_config.fail_on_recompile_limit_hit = True
 
 
+def requested_dynamic() -> bool | None:
+    """Return ``dynamic`` of the ``torch.compile`` that is compiling."""
+    if not dynamo_config.assume_static_by_default:
+        return True
+    return None if dynamo_config.automatic_dynamic_shapes else False
+
+
 def dynamo_is_disabled() -> bool:
     """Return whether Dynamo runs every function as it is."""
     return os.environ.get("TORCHDYNAMO_DISABLE", "") == "1" or bool(dynamo_config.disable)

@@ -138,6 +138,11 @@ def gram(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return torch.matmul(left.double(), right.double())
 
 
+def gram_operand(x: torch.Tensor) -> torch.Tensor:
+    """What ``gram`` reads of x: one copy for the product with its own transpose, not two."""
+    return x if x.is_cuda and x.dtype in HALF else x.double()
+
+
 def gram_error(product: torch.Tensor, length: int | torch.SymInt) -> float:
     """The largest error of ``gram`` relative to the two rows' norms.
 
@@ -178,7 +183,8 @@ def ghost_square(
     if tokens == 1:
         first, second = _own_product(left, -2).unsqueeze(-1), _own_product(right, -1).unsqueeze(-1)
     else:
-        first, second = gram(left.mT, left), gram(right, right.mT)
+        wide_left, wide_right = gram_operand(left), gram_operand(right)
+        first, second = gram(wide_left.mT, wide_left), gram(wide_right, wide_right.mT)
     square = pair_sum(first * second)
     by_left, by_right = gram_error(first, left.shape[-2]), gram_error(second, right.shape[-1])
     if tokens == 1 or (first.dtype == torch.float64 and rounding.scaled == 0.0):
@@ -202,7 +208,8 @@ def ghost_product(
     left: torch.Tensor, right: torch.Tensor, left2: torch.Tensor, right2: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """⟨L_i R_i, L'_i R'_i⟩ and its largest error, [B] each."""
-    first, second = gram(left.mT, left2), gram(right, right2.mT)
+    first = gram(gram_operand(left).mT, gram_operand(left2))
+    second = gram(gram_operand(right), gram_operand(right2).mT)
     by_left = gram_error(first, left.shape[-2]) * (
         second.abs() * outer(row_norms(left, -2), row_norms(left2, -2))
     )
