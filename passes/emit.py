@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Hashable, Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
 
 from flashnorm_compile._torch import (
+    another_fake,
     decompositions,
     detect_fake_mode,
     size_expr,
@@ -22,11 +26,13 @@ class Emitter:
 
     Snippets are ordinary functions of tensors. They are traced with Inductor's decompositions, so
     that the graph holds only operations that Inductor lowers, and marked as backward: a Gram
-    matrix of activations must not be computed, and kept, in the forward.
+    matrix of activations must not be computed, and kept, in the forward. Layers are often alike:
+    a snippet that is known by its recipe is not traced again.
     """
 
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
+        self._snippets: dict[Hashable, fx.GraphModule] = {}
         self._fake_mode = detect_fake_mode(
             [node.meta["val"] for node in graph.nodes if "val" in node.meta]
         )
@@ -58,8 +64,17 @@ class Emitter:
         before: fx.Node,
         meta: dict[str, Any],
     ) -> Any:
+        nodes = [arg for arg in args if isinstance(arg, fx.Node)]
+        recipe = _recipe(function, args)
+        snippet = self._snippets.get(recipe)
+        if snippet is None:
+            snippet = self._trace(function, args)
+            if recipe is not None:
+                self._snippets[recipe] = snippet
+        return self._splice(snippet, nodes, before, meta)
+
+    def _trace(self, function: Callable[..., Any], args: Sequence[Any]) -> fx.GraphModule:
         positions = [i for i, arg in enumerate(args) if isinstance(arg, fx.Node)]
-        nodes = [args[i] for i in positions]
 
         def traced(*tensors: torch.Tensor) -> Any:
             values = list(args)
@@ -69,11 +84,11 @@ class Emitter:
 
         with self._fake_mode, symbolic_tracing(), torch.no_grad():
             snippet = make_fx(traced, decomposition_table=dict(decompositions()))(
-                *(node.meta["val"] for node in nodes)
+                *(args[position].meta["val"] for position in positions)
             )
         snippet.graph.eliminate_dead_code()
         _refuse_writes_into_expanded(snippet.graph)
-        return self._splice(snippet, nodes, before, meta)
+        return snippet
 
     def _splice(
         self,
@@ -89,7 +104,9 @@ class Emitter:
             for node in snippet.graph.nodes:
                 if node.op == "call_function":
                     copy = self.graph.node_copy(node, lambda source: mapping[source])
-                    copy.meta = {"val": node.meta["val"], **meta}
+                    # Of its own: tracing takes nodes with one value object for one node.
+                    value = pytree.tree_map_only(torch.Tensor, another_fake, node.meta["val"])
+                    copy.meta = {"val": value, **meta}
                     if "tensor_meta" in node.meta:
                         copy.meta["tensor_meta"] = node.meta["tensor_meta"]
                     mapping[node] = copy
@@ -99,6 +116,44 @@ class Emitter:
                     )
         result = snippet.graph.output_node().args[0]
         return torch.fx.map_arg(result, lambda source: mapping[source])
+
+
+def _recipe(function: Callable[..., Any], args: Sequence[Any]) -> Hashable | None:
+    """Identify all that a snippet depends on; None where that is not plain data.
+
+    Two calls with one recipe give one snippet, up to the nodes it reads: the code, what it closes
+    over, and what is known of its tensors, of which two may be one.
+    """
+    try:
+        same = tuple(args.index(arg) for arg in args if isinstance(arg, fx.Node))
+        values = [arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in args]
+        return (_identity(function), _identity(values), same)
+    except _NotPlainError:
+        return None
+
+
+class _NotPlainError(Exception):
+    """A value whose behaviour does not follow from its parts."""
+
+
+def _identity(value: Any) -> Hashable:
+    if isinstance(value, torch.Tensor):
+        sizes = (*value.shape, *value.stride(), value.storage_offset())
+        return (value.ndim, value.dtype, value.device, *map(_identity, sizes))
+    if isinstance(value, torch.SymInt):
+        return size_expr(value)
+    if isinstance(value, FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        parts = (*cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
+        return (value.__code__, *map(_identity, parts))
+    if isinstance(value, (tuple, list)):
+        return (type(value), *map(_identity, value))
+    if dataclasses.is_dataclass(value) and type(value).__dataclass_params__.frozen:  # type: ignore[attr-defined]
+        fields = (getattr(value, field.name) for field in dataclasses.fields(value))
+        return (type(value), *map(_identity, fields))
+    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
+        return (type(value), value)
+    raise _NotPlainError
 
 
 _WRITES = {

@@ -79,9 +79,10 @@ def _site_by_site(gradient: ParameterGradient, choices: tuple[Choice, ...], norm
     ]
     tolerance = max(site.rounding.tolerance for site in sites if site not in materialized)
 
+    count = 2 * len(squares)
+
     def code(*values: torch.Tensor) -> torch.Tensor:
-        found, count = values[: 2 * len(squares)], 2 * len(squares)
-        crossed = values[count:]
+        found, crossed = values[:count], values[count:]
         return bounded_square(found[::2], found[1::2], crossed[::2], crossed[1::2], tolerance)
 
     emitted = [node for found in (*squares, *products) for node in found]

@@ -88,11 +88,35 @@ def check_left_out(run, device: str) -> None:
     compare(run, [samples], weights, SCALARS, 0, torch.float32, device)
 
 
+def check_many(run, device: str) -> None:
+    """Tensors that share launches: each its own samples, strides, dtype and stream."""
+    for rows in (1, 8, 13):
+        samples = []
+        for k in range(80):
+            numel = (0, 1, 3, 16, 257, 1024)[k % 6]
+            x = torch.randn(rows, numel + k % 5 // 4)[:, k % 5 // 4 :]
+            samples.append(x.bfloat16() if k % 4 == 3 else x.double() if k % 20 == 2 else x)
+        # More than one program; the last of them ends within a step.
+        samples.insert(20, torch.randn(rows, 20_001 if rows == 1 else 2_503))
+        samples.insert(5, torch.randn(rows, 20_004 if rows == 1 else 2_504))
+        compare(run, samples, torch.rand(rows), SCALARS, 100, torch.float32, device)
+    compare(run, [], torch.rand(3), SCALARS, 0, torch.float32, device)
+
+
+def check_one_left_out(run, device: str) -> None:
+    """A batch of one sample of weight 0 is all noise."""
+    for numel in (1024, 1000):
+        samples = torch.full((1, numel), float("nan"))
+        compare(run, [samples], torch.zeros(1), SCALARS, 0, torch.float32, device)
+
+
 def check_kernel(device: str) -> None:
     from flashnorm_compile.kernels.release import kernel
 
     check(kernel.release, device)
     check_left_out(kernel.release, device)
+    check_many(kernel.release, device)
+    check_one_left_out(kernel.release, device)
 
 
 def test_the_op_on_the_cpu_equals_the_reference():
@@ -105,9 +129,54 @@ def test_kernel_equals_reference_in_the_interpreter():
     run_interpreted("import test_release_kernel as t; t.check_kernel('cpu')")
 
 
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_the_kernel_is_compiled_for_no_particular_integers():
+    from triton.backends.compiler import BaseBackend
+    from triton.runtime.jit import native_specialize_impl
+
+    from flashnorm_compile.kernels.release.kernel import _code
+
+    values = [0, 1, 2, 16, 768, 2**31 - 1, 2**31, 2**32, 2**46, 0x7F0123456780]
+    codes = tuple(map(_code, values))
+    types, attributes = native_specialize_impl(BaseBackend, codes, False, True, True)
+    assert set(types) == {"i64"}
+    assert set(attributes) == {""}
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_kernel_equals_reference_on_the_gpu():
     check_kernel("cuda")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_other_rows_and_sizes_launch_the_kernel_that_is_there():
+    from flashnorm_compile.kernels.release import kernel
+
+    def call(rows: int, numel: int) -> None:
+        samples = [torch.zeros(rows, size, device="cuda") for size in (numel, 16, 4)]
+        moved = [tensor.cuda() for tensor in (torch.ones(rows), KEY, SCALARS)]
+        kernel.release(samples, *moved, 0, torch.float32)
+
+    def compiled() -> int:
+        return sum(len(caches[0]) for caches in kernel._release_kernel.device_caches.values())
+
+    call(2, 4)
+    before = compiled()
+    for rows, numel in ((3, 4), (16, 64), (17, 2**20)):
+        call(rows, numel)
+    assert compiled() == before
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_kernel_does_not_synchronise():
+    samples = [torch.randn(5, 300, device="cuda"), torch.randn(5, 7, device="cuda")]
+    arguments = (samples, *(t.cuda() for t in (torch.ones(5), KEY, SCALARS)), 0, torch.float32)
+    release(*arguments)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        release(*arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_the_op_is_a_sound_custom_op():

@@ -13,6 +13,7 @@ from flashnorm_compile._torch.backward import (
     queue_backward_callback,
 )
 from flashnorm_compile._torch.compilers import (
+    another_fake,
     autograd_cache_is_on,
     compile_with_inductor,
     compile_without_codegen,
@@ -69,6 +70,7 @@ __all__ = [
     "KeptTensor",
     "RecompileLimitError",
     "active_ddp_module",
+    "another_fake",
     "autograd_cache_is_on",
     "before_backward",
     "before_backward_in",

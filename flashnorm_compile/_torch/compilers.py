@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 from torch._functorch import config as functorch_config
 from torch._inductor.custom_graph_pass import CustomGraphPass
@@ -25,6 +26,16 @@ def symbolic_tracing() -> contextlib.AbstractContextManager[None]:
     from torch._dispatch.python import enable_python_dispatcher
 
     return enable_python_dispatcher()
+
+
+def another_fake(value: torch.Tensor) -> torch.Tensor:
+    """Return a fake tensor like another one, as an object of its own."""
+    from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manager
+
+    assert isinstance(value, FakeTensor)
+    device = value.fake_device
+    with in_kernel_invocation_manager(value.fake_mode):
+        return FakeTensor(value.fake_mode, value, device)
 
 
 def inductor_modes() -> dict[str, dict[str, Any]]:

@@ -15,9 +15,22 @@ from torch import Tensor
 from flashnorm_compile.kernels.noise.kernel import _normals
 from flashnorm_compile.kernels.noise.reference import BLOCK_HIGH_BITS
 
-# 1024 elements of 8 samples a step: 8 loads in flight for every element of the result.
-QUADS_PER_PROGRAM = 256
+# Tensors of one launch: a call is cut into the longest of these, and its rest is padded to the
+# next, so that few variants are compiled. 32 records take 1.5 of the 4 KiB a launch may pass.
+CHUNK_LENGTHS = (1, 8, 32)
+# By the rows read at once (one, if there is only one). A thread holds 4 neighbouring elements,
+# which are 16 bytes of float32 and one Philox block: of 8 rows, or of 2 places in the only row.
 ROWS_PER_STEP = 8
+QUADS_PER_STEP = {1: 256, ROWS_PER_STEP: 128}
+# To find its tensor costs a program of 32 tensors about as much as a step with one row.
+STEPS_PER_PROGRAM = {1: 16, ROWS_PER_STEP: 2}
+NUM_WARPS = 4
+
+# Added by `_code`; a code is odd and 2**62 or more.
+_CODE_BASE: tl.constexpr = tl.constexpr(2**61)
+
+# Samples, result, stream.
+_Tensor = tuple[Tensor, Tensor, int]
 
 
 def release(
@@ -32,73 +45,209 @@ def release(
 
     Samples may lie apart (a slice of a padded tensor); each must be row-major, or is copied.
     """
-    outs = [torch.empty(x.shape[1:], dtype=out_dtype, device=x.device) for x in samples]
+    weights, key, scalars = weights.contiguous(), key.contiguous(), scalars.contiguous()
+    outs = [x.new_empty(x.shape[1:], dtype=out_dtype) for x in samples]
     rows = weights.shape[0]
+    groups: dict[tuple[torch.dtype, bool], list[_Tensor]] = {}
+    for position, (x, out) in enumerate(zip(samples, outs, strict=True)):
+        if out.numel() > 0:
+            # The first test is cheap and most often enough.
+            row_major = x.is_contiguous() or x[:1].is_contiguous()
+            x = x if row_major else x.contiguous()
+            group = (x.dtype, _is_aligned(x, out))
+            groups.setdefault(group, []).append((x, out, first_stream + position))
     with torch.cuda.device_of(weights):
-        for position, (x, out) in enumerate(zip(samples, outs, strict=True)):
-            numel = out.numel()
-            if numel == 0:
-                continue
-            x = x if x[:1].is_contiguous() else x.contiguous()
-            _release_kernel[(triton.cdiv(numel, 4 * QUADS_PER_PROGRAM),)](
-                x,
-                weights,
-                key,
-                scalars,
-                out,
-                numel,
-                rows,
-                x.stride(0),
-                first_stream + position,
-                BLOCK_HIGH_BITS=BLOCK_HIGH_BITS,
-                FLOAT64=x.dtype == torch.float64,
-                QUADS=QUADS_PER_PROGRAM,
-                ROWS=ROWS_PER_STEP,
-            )
+        for (dtype, aligned), tensors in groups.items():
+            for first in range(0, len(tensors), CHUNK_LENGTHS[-1]):
+                chunk = tensors[first : first + CHUNK_LENGTHS[-1]]
+                _launch(chunk, weights, key, scalars, rows, dtype, out_dtype, aligned)
     return outs
 
 
-@triton.jit(do_not_specialize=["stream", "rows"])
+def _is_aligned(x: Tensor, out: Tensor) -> bool:
+    """Whether every row and the result start at a multiple of 16 bytes."""
+    row_bytes = x.stride(0) * x.element_size() if x.shape[0] > 1 else 0
+    return (x.data_ptr() | out.data_ptr() | row_bytes) % 16 == 0
+
+
+def _launch(
+    tensors: list[_Tensor],
+    weights: Tensor,
+    key: Tensor,
+    scalars: Tensor,
+    rows: int,
+    dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    aligned: bool,
+) -> None:
+    """Release a chunk of tensors, none of them empty."""
+    rows_per_step = 1 if rows == 1 else ROWS_PER_STEP
+    quads, steps = QUADS_PER_STEP[rows_per_step], STEPS_PER_PROGRAM[rows_per_step]
+    programs = 0
+    records: list[tuple[int, ...]] = []
+    for x, out, stream in tensors:
+        numel = out.numel()
+        fields = (programs, x.data_ptr(), out.data_ptr(), numel, x.stride(0), stream)
+        records.append(tuple(map(_code, fields)))
+        programs += triton.cdiv(numel, 4 * quads * steps)
+    length = next(length for length in CHUNK_LENGTHS if length >= len(records))
+    # No program is left for what pads the chunk.
+    padding = (_code(programs), *records[-1][1:])
+    records += [padding] * (length - len(records))
+    _release_kernel[(programs,)](
+        tuple(records),
+        weights,
+        key,
+        scalars,
+        rows,
+        LENGTH=length,
+        BLOCK_HIGH_BITS=BLOCK_HIGH_BITS,
+        DTYPE=_triton_dtype(dtype),
+        OUT_DTYPE=_triton_dtype(out_dtype),
+        ALIGNED=aligned,
+        QUADS=quads,
+        STEPS=steps,
+        ROWS=rows_per_step,
+        num_warps=NUM_WARPS,
+    )
+
+
+def _code(value: int) -> int:
+    """Return an integer that Triton compiles for as for any other.
+
+    Triton 3.6 compiles a kernel again if an integer in a tuple becomes 1, a multiple of 16 or
+    longer than 32 bits; ``do_not_specialize`` does not reach into tuples. Addresses go this way
+    too: as tensors they would cost the launch a query to the driver each.
+    """
+    return 2 * (value + 2**61) + 1
+
+
+def _triton_dtype(dtype: torch.dtype) -> tl.dtype:
+    return getattr(tl, str(dtype).removeprefix("torch."))
+
+
+@triton.jit(do_not_specialize=["weights_ptr", "key_ptr", "scalars_ptr", "rows"])
 def _release_kernel(
-    samples_ptr,
+    tensors,
     weights_ptr,
     key_ptr,
     scalars_ptr,
-    out_ptr,
-    numel,
     rows,
-    row_stride,
-    stream,
+    LENGTH: tl.constexpr,
     BLOCK_HIGH_BITS: tl.constexpr,
-    FLOAT64: tl.constexpr,
+    DTYPE: tl.constexpr,
+    OUT_DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
     QUADS: tl.constexpr,
+    STEPS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Sum, noise and scale the elements of QUADS Philox blocks a program."""
-    compute: tl.constexpr = tl.float64 if FLOAT64 else tl.float32
-    first = tl.program_id(0).to(tl.int64) * QUADS
-    element = first * 4 + tl.arange(0, 4 * QUADS)
-    inside = element < numel
+    """Sum, noise and scale a part of one tensor: STEPS times the elements of QUADS Philox blocks.
 
-    total = tl.zeros((4 * QUADS,), compute)
-    for start in range(0, rows, ROWS):
-        row = start + tl.arange(0, ROWS)
-        weight = tl.load(weights_ptr + row, mask=row < rows, other=0.0)
-        used = weight != 0.0
-        value = tl.load(
-            samples_ptr + row.to(tl.int64)[:, None] * row_stride + element[None, :],
-            mask=used[:, None] & inside[None, :],
-            other=0.0,
-        )
-        # Samples of weight 0 are not even loaded: 0·NaN is NaN.
-        total += tl.sum(value.to(compute) * weight.to(compute)[:, None], axis=0)
-
+    ``tensors`` holds LENGTH records of codes: the first program of the tensor, the addresses of
+    samples and result, the number of elements, the row stride and the stream. ALIGNED tensors are
+    read and written 16 bytes at once. ROWS is 1 if ``rows`` is; else ROWS rows are read at once.
+    """
     noise_scale = tl.load(scalars_ptr + 1)
     inv_expected_batch_size = tl.load(scalars_ptr + 2)
-    noise = tl.zeros((4 * QUADS,), tl.float32)
-    if noise_scale != 0.0:
-        block = first + tl.arange(0, QUADS)
-        z0, z1, z2, z3 = _normals(block, key_ptr, stream, BLOCK_HIGH_BITS)
-        noise = tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3)) * noise_scale
-    result = (total + noise) * inv_expected_batch_size
-    tl.store(out_ptr + element, result.to(out_ptr.dtype.element_ty), mask=inside)
+    seed, release = tl.load(key_ptr), tl.load(key_ptr + 1)
+
+    program = tl.program_id(0)
+    start, samples, out, numel, row_stride, stream = _find(tensors, program, 0, LENGTH)
+    samples_ptr = samples.to(tl.pointer_type(DTYPE))
+    out_ptr = out.to(tl.pointer_type(OUT_DTYPE))
+    if ALIGNED:
+        samples_ptr = tl.multiple_of(samples_ptr, 16)
+        out_ptr = tl.multiple_of(out_ptr, 16)
+        vector: tl.constexpr = 128 // DTYPE.primitive_bitwidth
+        row_stride = row_stride // vector * vector
+
+    begin = (program - start) * STEPS * QUADS
+    end = tl.minimum(begin + STEPS * QUADS, (numel + 3) // 4)
+    for first in range(begin, end, QUADS):
+        element = first * 4 + tl.arange(0, 4 * QUADS)
+        # A mask that may end anywhere makes the compiler read and write single elements.
+        whole = (first + QUADS) * 4 <= numel
+        if whole:
+            inside = element >= 0
+            total = _weighted_sum(samples_ptr, weights_ptr, rows, row_stride, element, inside, ROWS)
+        else:
+            inside = element < numel
+            total = _weighted_sum(samples_ptr, weights_ptr, rows, row_stride, element, inside, ROWS)
+
+        noise = tl.zeros((4 * QUADS,), tl.float32)
+        if noise_scale != 0.0:
+            block = first + tl.arange(0, QUADS)
+            z0, z1, z2, z3 = _normals(block, seed, release, stream, BLOCK_HIGH_BITS)
+            noise = tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3)) * noise_scale
+        result = ((total + noise) * inv_expected_batch_size).to(OUT_DTYPE)
+
+        if whole:
+            tl.store(out_ptr + element, result)
+        else:
+            tl.store(out_ptr + element, result, mask=element < numel)
+
+
+@triton.jit
+def _find(tensors, program, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """Return the record of the program's tensor, the last that starts at or before the program.
+
+    By unrolled selections: an argument cannot be indexed at run time.
+    """
+    if HIGH - LOW == 1:
+        start, samples, out, numel, row_stride, stream = tensors[LOW]
+        return (
+            _decode(start), _decode(samples), _decode(out),
+            _decode(numel), _decode(row_stride), _decode(stream),
+        )  # fmt: skip
+    else:
+        MIDDLE: tl.constexpr = (LOW + HIGH) // 2
+        start, samples, out, numel, row_stride, stream = _find(tensors, program, LOW, MIDDLE)
+        start_, samples_, out_, numel_, row_stride_, stream_ = _find(tensors, program, MIDDLE, HIGH)
+        # The low words of codes compare as what they stand for.
+        later = program * 2 + 1 >= tensors[MIDDLE][0].to(tl.int32)
+        return (
+            tl.where(later, start_, start),
+            tl.where(later, samples_, samples),
+            tl.where(later, out_, out),
+            tl.where(later, numel_, numel),
+            tl.where(later, row_stride_, row_stride),
+            tl.where(later, stream_, stream),
+        )
+
+
+@triton.jit
+def _decode(code):
+    """Undo `_code`."""
+    return (code >> 1) - _CODE_BASE
+
+
+@triton.jit
+def _weighted_sum(
+    samples_ptr,
+    weights_ptr,
+    rows,
+    row_stride,
+    element,
+    inside,
+    ROWS: tl.constexpr,
+):
+    """Return the sum over rows of the elements that are inside."""
+    compute: tl.constexpr = tl.float64 if samples_ptr.dtype.element_ty == tl.float64 else tl.float32
+    # Samples of weight 0 are not even loaded: 0·NaN is NaN.
+    if ROWS == 1:
+        weight = tl.load(weights_ptr + tl.arange(0, 1))
+        value = tl.load(samples_ptr + element, mask=inside & (weight != 0.0), other=0.0)
+        return value.to(compute) * weight.to(compute)
+    else:
+        total = tl.zeros(element.shape, compute)
+        for start in range(0, rows, ROWS):
+            row = start + tl.arange(0, ROWS)
+            weight = tl.load(weights_ptr + row, mask=row < rows, other=0.0)
+            value = tl.load(
+                samples_ptr + row.to(tl.int64)[:, None] * row_stride + element[None, :],
+                mask=(weight != 0.0)[:, None] & inside[None, :],
+                other=0.0,
+            )
+            total += tl.sum(value.to(compute) * weight.to(compute)[:, None], axis=0)
+        return total

@@ -48,26 +48,29 @@ class MatmulSite(Site):
 
     def per_sample(self) -> fx.Node:
         """Emit [B, (b,) m, n]."""
-        rows = self.node.meta["val"].shape[-2]
+        rows, padded = self.node.meta["val"].shape[-2], self.padded is not None
+        left_axis, right_axis = self.left_axis, self.right_axis
 
         def code(left: torch.Tensor, right: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
-            product = torch.matmul(*self._sample_major(left, right, batch.shape[0]))
-            return product if self.padded is None else product.narrow(-2, 0, rows)
+            left = left_axis.slices(left, batch.shape[0])
+            product = torch.matmul(left, right_axis.slices(right, batch.shape[0]))
+            return product.narrow(-2, 0, rows) if padded else product
 
         return self._emit(code)
 
     def weighted(self, weights: fx.Node, before: fx.Node) -> fx.Node:
         """Emit (c∘L) R, scaling the narrower operand."""
-        rows = self.node.meta["val"].shape[-2]
+        rows, padded = self.node.meta["val"].shape[-2], self.padded is not None
+        left_axis, right_axis, scale_left = self.left_axis, self.right_axis, self._scale_left
 
         def code(left: torch.Tensor, right: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
             if left.dtype == torch.float16:
                 # c∘L may fall below what float16 holds with full precision.
                 left, right = left.float(), right.float()
-            right = masked_scale(self.right_axis, right, weights, scale=not self._scale_left)
-            if self.padded is not None:
+            right = masked_scale(right_axis, right, weights, scale=not scale_left)
+            if padded:
                 return half_matmul(left, right).narrow(-2, 0, rows)
-            left = masked_scale(self.left_axis, left, weights, scale=self._scale_left)
+            left = masked_scale(left_axis, left, weights, scale=scale_left)
             return half_matmul(left, right)
 
         left = self.padded or self.left
@@ -80,12 +83,15 @@ class MatmulSite(Site):
 
     def ghost(self) -> tuple[fx.Node, fx.Node]:
         """Emit squared norms by Gram matrices, [B, T, T] each; no T×T matrix where T is 1."""
+        left_axis, right_axis = self.left_axis, self.right_axis
+        rounding, scale_left = self.rounding, self._scale_left
 
         def code(
             left: torch.Tensor, right: torch.Tensor, batch: torch.Tensor
         ) -> tuple[torch.Tensor, torch.Tensor]:
-            left, right = self._sample_major(left, right, batch.shape[0])
-            return ghost_square(left, right, self.rounding, scale_left=self._scale_left)
+            left = left_axis.slices(left, batch.shape[0])
+            right = right_axis.slices(right, batch.shape[0])
+            return ghost_square(left, right, rounding, scale_left=scale_left)
 
         return self._emit(code)
 

@@ -55,25 +55,24 @@ class ReductionSite(Site):
 
     def per_sample(self) -> fx.Node:
         """Emit [B, *shape]: the sample's own sum over the other reduced dims."""
+        axis, keepdim, others = self.axis, self.keepdim, [dim + 1 for dim in self.dims]
 
         def code(x: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
-            x = self.axis.slices(x, batch.shape[0])
-            others = [dim + 1 for dim in self.dims]
-            if self.axis.plain and len(others) == 1:
-                x = x if self.keepdim else x.squeeze(others[0])
+            x = axis.slices(x, batch.shape[0])
+            if axis.plain and len(others) == 1:
+                x = x if keepdim else x.squeeze(others[0])
                 return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-            return _wide_sum(x, others, self.keepdim)
+            return _wide_sum(x, others, keepdim)
 
         return self.context.emit(code, self.operand, self.context.batch, before=self.node)
 
     def weighted(self, weights: fx.Node, before: fx.Node) -> fx.Node:
         """Emit the sum of the scaled operand."""
+        axis, dims, keepdim = self.axis, self.dims, self.keepdim
 
         def code(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
             wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-            return _wide_sum(
-                masked_scale(self.axis, wide, weights, scale=True), self.dims, self.keepdim
-            )
+            return _wide_sum(masked_scale(axis, wide, weights, scale=True), dims, keepdim)
 
         return self.context.emit(code, self.operand, weights, before=before, like=self.node)
 
