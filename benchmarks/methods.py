@@ -121,8 +121,15 @@ class FlashNorm(Method):
 
     private = True
 
-    def __init__(self, workload: Workload, settings: Settings, strategy: str) -> None:
+    def __init__(
+        self,
+        workload: Workload,
+        settings: Settings,
+        strategy: str,
+        dynamic: bool | None = None,
+    ) -> None:
         self.strategy = strategy
+        self.dynamic = dynamic
         super().__init__(workload, settings)
 
     def set_up(self) -> None:
@@ -130,6 +137,7 @@ class FlashNorm(Method):
 
         self.private_step = fn.dp_step(
             self.step,
+            dynamic=self.dynamic,
             max_grad_norm=1.0,
             noise_multiplier=0.0,
             expected_batch_size=self.workload.batch_size,
@@ -236,6 +244,7 @@ METHODS: dict[str, Callable[[Workload, Settings], Method]] = {
     "compiled": Compiled,
     "compiled-any-size": CompiledForAnySize,
     "flashnorm-auto": lambda w, s: FlashNorm(w, s, "auto"),
+    "flashnorm-any-size": lambda w, s: FlashNorm(w, s, "auto", dynamic=True),
     "flashnorm-materialize": lambda w, s: FlashNorm(w, s, "materialize"),
     "flashnorm-ghost": lambda w, s: FlashNorm(w, s, "ghost"),
     "opacus-hooks": _opacus(ghost=False),
