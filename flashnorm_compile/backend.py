@@ -182,26 +182,16 @@ def _make_batch_symbolic(gm: fx.GraphModule, roles: Roles) -> None:
         _torch.trace_again("the batch size is a symbol")
 
 
-def _size_to_fix(gm: fx.GraphModule, roles: Roles, state: StepState) -> torch.SymInt | None:
-    """Return the batch size if code is to be made for this number alone.
+def _size_to_fix(roles: Roles, state: StepState) -> torch.SymInt | None:
+    """Return the batch size if code is to be made for this number alone (``dynamic=False``).
 
-    What is proved and rewritten holds for all sizes; code for one is faster. As without us, the
-    first size is fixed and a second makes code for any, unless ``dynamic`` or marks of the
-    batch ask for one or the other.
+    What is proved and rewritten holds for all sizes, and so does the code unless that is asked
+    for: Poisson sampling gives batches of many sizes.
     """
     size = roles.batch_size
     if isinstance(size, int) or state.options.lowering == "eager":
         return None
-    dynamic, hint = _torch.requested_dynamic(), _torch.size_hint(size)
-    if dynamic is None:
-        placeholders = gm.graph.find_nodes(op="placeholder")
-        dynamic = state.first_size not in (None, hint) or any(
-            _torch.is_marked_dynamic(placeholders[each.index], each.batch_dim)
-            for each in roles.inputs
-            if each.batch_dim is not None
-        )
-        state.first_size = state.first_size or hint
-    return None if dynamic else size
+    return size if _torch.requested_dynamic() is False else None
 
 
 def _compile_training(
@@ -233,7 +223,7 @@ def _compile_training(
         loss_outside=state.options.loss_outside,
     )
     extended, extra = _append_state(gm, roles)
-    joint_pass = GraphPass(state, request, _size_to_fix(gm, roles, state))
+    joint_pass = GraphPass(state, request, _size_to_fix(roles, state))
     compiled = joint_pass.compile(extended, [*inputs, *extra], mode)
     if joint_pass.error is not None:
         return refusal(joint_pass.error)

@@ -72,7 +72,6 @@ class StepState:
         parameters: the trainable parameters seen so far, and their names.
         sums: clipped sums of the microbatches so far, without noise.
         graphs_run: how many training graphs ran forward.
-        first_size: the first batch size that code was made for.
     """
 
     options: Options
@@ -86,7 +85,6 @@ class StepState:
     parameters: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
     sums: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
     graphs_run: int = 0
-    first_size: int | None = None
     reports: list[Any] = field(default_factory=list)
     _refusals: list[_Refusal] = field(default_factory=list)
 

@@ -61,9 +61,8 @@ def dp_step(
         accountant: records each release before its noise is drawn.
         sampling_rate: probability with which a sample is in a batch; needed with ``accountant``.
         mode: a mode of Inductor, as for ``torch.compile``.
-        dynamic: as for ``torch.compile``: code is made for the first batch size, and once more,
-            for any size, when a second comes. Pass True where sizes vary from the start, as in
-            Poisson sampling.
+        dynamic: as for ``torch.compile``, but that code serves batches of any size unless it is
+            False; then it is made anew for every size.
         options: see ``flashnorm_compile.Options``: ``max_grad_norm``, ``noise_multiplier``,
             ``expected_batch_size``, ``loss_reduction``, ``in_dims``, ``strategy``, ``seed``,
             ``lowering``. A ``seed`` reproduces the noise of a program that is run again; steps

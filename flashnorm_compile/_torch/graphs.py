@@ -56,11 +56,6 @@ def source_location(node: fx.Node) -> str:
     return "" if parsed is None else f"{parsed.file}:{parsed.lineno}, code: {parsed.code}"
 
 
-def size_hint(size: torch.SymInt) -> int:
-    """Return what a symbolic size is in this call."""
-    return int(size.node.hint)
-
-
 def fix_size(size: torch.SymInt) -> None:
     """Make a symbolic size the number that it is in this call, by a guard."""
     int(size)

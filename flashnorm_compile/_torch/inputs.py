@@ -140,12 +140,6 @@ def mark_symbolic(placeholder: fx.Node, dim: int) -> bool:
     return True
 
 
-def is_marked_dynamic(placeholder: fx.Node, dim: int) -> bool:
-    """Whether the user asked, with ``mark_dynamic``, for code that serves any size of a dim."""
-    value = getattr(placeholder.meta.get("grapharg"), "example", None)
-    return dim in getattr(value, "_dynamo_dynamic_indices", ())
-
-
 def trace_again(reason: str) -> NoReturn:
     """Make Dynamo trace the frame anew, from inside a backend."""
     from torch._dynamo.symbolic_convert import InstructionTranslator

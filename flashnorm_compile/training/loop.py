@@ -93,7 +93,6 @@ class PrivateRun:
         )
         self.step = dp_step(
             training_step,
-            dynamic=True,  # no two Poisson batches are of one size
             max_grad_norm=config.max_grad_norm,
             noise_multiplier=plan.noise_multiplier,
             expected_batch_size=config.batch_size,
