@@ -19,10 +19,10 @@ from flashnorm_compile.passes.sites.rounding import (
     Rounding,
     gram,
     gram_error,
-    outer,
     pair_sum,
     row_norms,
     sum_error,
+    weighted_rows,
 )
 
 aten = torch.ops.aten
@@ -249,9 +249,10 @@ class EmbeddingSite(Site):
             index = tokens.unsqueeze(-1).expand(*tokens.shape, left.shape[-1])
             gathered = left.gather(1, index)
             product = gram(gradients, right.mT)
-            norms = outer(row_norms(gradients, -1), row_norms(right, -1))
+            norms = row_norms(gradients, -1), row_norms(right, -1)
             error = gram_error(product, gradients.shape[-1])
-            return pair_sum(gathered * product), error * pair_sum(gathered.abs() * norms)
+            square = pair_sum((gathered * product).sum(-1))
+            return square, error * pair_sum(weighted_rows(gathered, *norms))
 
         return self.context.emit(  # type: ignore[no-any-return]
             code,

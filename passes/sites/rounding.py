@@ -177,16 +177,16 @@ def ghost_square(
     Products of the dims between B and the last two are apart, each with its own spread.
     """
     tokens = left.shape[-1]
-    a, g = row_norms(left, -2), row_norms(right, -1)
-    spreads = (a * g).sum(-1)
-    slack = pair_sum(rounding.spread_slack(spreads, tokens))
     if tokens == 1:
         first, second = _own_product(left, -2).unsqueeze(-1), _own_product(right, -1).unsqueeze(-1)
     else:
         wide_left, wide_right = gram_operand(left), gram_operand(right)
         first, second = gram(wide_left.mT, wide_left), gram(wide_right, wide_right.mT)
-    square = pair_sum(first * second)
     by_left, by_right = gram_error(first, left.shape[-2]), gram_error(second, right.shape[-1])
+    a, g = _gram_norms(first, by_left), _gram_norms(second, by_right)
+    spreads = (a * g).sum(-1)
+    slack = pair_sum(rounding.spread_slack(spreads, tokens))
+    square = pair_sum((first * second).sum(-1))
     if tokens == 1 or (first.dtype == torch.float64 and rounding.scaled == 0.0):
         whole = by_left + by_right + rounding.scaled_slack
         return square, slack + whole * pair_sum(spreads.square())
@@ -194,8 +194,17 @@ def ghost_square(
         by_left += rounding.scaled_slack
     else:
         by_right += rounding.scaled_slack
-    error = by_left * (second.abs() * outer(a, a)) + by_right * (first.abs() * outer(g, g))
+    error = by_left * weighted_rows(second, a, a) + by_right * weighted_rows(first, g, g)
     return square, slack + pair_sum(error)
+
+
+def _gram_norms(product: torch.Tensor, error: float) -> torch.Tensor:
+    """Norms of the rows of which [..., T, T] holds the products, rather above than below.
+
+    The diagonal is off by ``error`` of itself at most, and is there already: to read the rows once
+    more would cost as much as their product.
+    """
+    return (product.diagonal(dim1=-2, dim2=-1) * (1 + 2 * error) + _FLOOR).sqrt()
 
 
 def _own_product(x: torch.Tensor, dim: int) -> torch.Tensor:
@@ -210,18 +219,21 @@ def ghost_product(
     """⟨L_i R_i, L'_i R'_i⟩ and its largest error, [B] each."""
     first = gram(gram_operand(left).mT, gram_operand(left2))
     second = gram(gram_operand(right), gram_operand(right2).mT)
-    by_left = gram_error(first, left.shape[-2]) * (
-        second.abs() * outer(row_norms(left, -2), row_norms(left2, -2))
+    by_left = gram_error(first, left.shape[-2]) * weighted_rows(
+        second, row_norms(left, -2), row_norms(left2, -2)
     )
-    by_right = gram_error(second, right.shape[-1]) * (
-        first.abs() * outer(row_norms(right, -1), row_norms(right2, -1))
+    by_right = gram_error(second, right.shape[-1]) * weighted_rows(
+        first, row_norms(right, -1), row_norms(right2, -1)
     )
-    return pair_sum(first * second), pair_sum(by_left + by_right)
+    return pair_sum((first * second).sum(-1)), pair_sum(by_left + by_right)
 
 
-def outer(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """[..., T] and [..., S] → [..., T, S]."""
-    return x.unsqueeze(-1) * y.unsqueeze(-2)
+def weighted_rows(pairs: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Σ_s |pairs[t, s]|·x_t·y_s, [..., T, S] → [..., T].
+
+    All that is summed over pairs goes over s first: on a GPU one kernel reads them once for all.
+    """
+    return (pairs.abs() * y.unsqueeze(-2)).sum(-1) * x
 
 
 def bounded_square(
