@@ -23,11 +23,8 @@ aten = torch.ops.aten
 prims = torch.ops.prims
 
 CASTS = {prims.convert_element_type.default, aten._to_copy.default}
-# Linear, and the norm stays as it is.
-ISOMETRIES = CASTS | {
-    aten.permute.default,
-    aten.transpose.int,
-    aten.t.default,
+# Linear, and the entries stay what they are, in row-major order.
+_IN_ORDER = CASTS | {
     aten.view.default,
     aten.reshape.default,
     aten._unsafe_view.default,
@@ -38,6 +35,12 @@ ISOMETRIES = CASTS | {
     aten.clone.default,
     aten.alias.default,
     aten.detach.default,
+}
+# Linear, and the norm stays as it is.
+ISOMETRIES = _IN_ORDER | {
+    aten.permute.default,
+    aten.transpose.int,
+    aten.t.default,
     aten.neg.default,
 }
 # Linear in all their tensor arguments together; a constant argument makes them affine.
@@ -146,6 +149,12 @@ class ParameterGradient:
             and not self.affine
             and all(node.target in ISOMETRIES for node in self.tail)
         )
+
+
+    @property
+    def in_order(self) -> bool:
+        """Whether the parameter's gradient is that of the one site, in another shape."""
+        return self.isometric and all(node.target in _IN_ORDER for node in self.tail)
 
 
 def _adds_once(node: fx.Node) -> bool:

@@ -86,7 +86,7 @@ def insert_release(
     one = context.emit(lambda scalars: scalars.new_ones(1), scalars, before=before)
     pending: dict[tuple[torch.dtype, bool], list[tuple[int, fx.Node]]] = {}
     for gradient in gradients:
-        samples = _samples_in_place(gradient, norms)
+        samples = _samples_in_place(gradient, norms, context, before)
         value = samples or _weighted_sites(gradient, norms, weights, key, scalars, context, before)
         dtype = joint.inputs[gradient.index].meta["val"].dtype
         pending.setdefault((dtype, samples is not None), []).append((gradient.index, value))
@@ -146,15 +146,25 @@ def _release(
         joint.replace_gradient(index, node)
 
 
-def _samples_in_place(gradient: ParameterGradient, norms: Norms) -> fx.Node | None:
+def _samples_in_place(
+    gradient: ParameterGradient, norms: Norms, context: Context, before: fx.Node
+) -> fx.Node | None:
     """The per-sample gradients, where they lie as the parameter does."""
     if (samples := norms.per_sample.get(gradient.output)) is not None:
         return samples
     if gradient.affine:
         raise AssertionError(f"{gradient.name}: its norm is not that of its own samples")
-    if len(gradient.sites) == 1 and gradient.orientation(gradient.sites[0]) is False:
-        return norms.per_sample.get(gradient.sites[0].node)
-    return None
+    if len(gradient.sites) != 1:
+        return None
+    samples = norms.per_sample.get(gradient.sites[0].node)
+    if samples is None or gradient.orientation(gradient.sites[0]) is False:
+        return samples
+    if not gradient.in_order:
+        return None
+    shape = tuple(gradient.output.meta["val"].shape)
+    return context.emit(  # type: ignore[no-any-return]
+        lambda samples: samples.reshape(samples.shape[0], *shape), samples, before=before
+    )
 
 
 def _sum_over_samples(

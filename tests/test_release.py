@@ -47,6 +47,25 @@ def test_noise_is_gaussian_of_the_stated_size():
     assert abs(z.mean()) < 5 / len(z) ** 0.5
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_all_gradients_leave_in_one_call(autocast):
+    """Those of biases come in another shape than their per-sample sums."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+
+    def step(model, x, y):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+        loss.backward()
+        return loss.detach()
+
+    private = fn.dp_step(
+        step, max_grad_norm=1.0, noise_multiplier=1.0, expected_batch_size=4, lowering="eager",
+        strategy="materialize",
+    )  # fmt: skip
+    private(model, torch.randn(4, 5, 3), torch.randint(2, (4, 5)))
+    assert private.graphs[0].count("torch.ops.flashnorm.release.default") == 1
+
+
 def test_noise_is_independent_across_parameters_and_steps():
     # Equal shapes: equal streams would show as equal values.
     model, step = make(nn.ModuleList([nn.Linear(40, 40, bias=False) for _ in range(3)]),
