@@ -116,13 +116,14 @@ class _Backward:
 
     def attach(self, node: Any, probe: torch.Tensor) -> None:
         mark_private_node(node)
-        leaves = [getattr(following, "variable", None) for following, _ in node.next_functions]
+        following = [function for function, _ in node.next_functions]
+        leaves = [getattr(function, "variable", None) for function in following]
         self.probe = next(i for i, leaf in enumerate(leaves) if leaf is probe)
         # Where the node's gradients go: a leaf, or None for another node.
         self.leaves = {
             i: None if leaf is None else weakref.ref(leaf)
             for i, leaf in enumerate(leaves)
-            if i != self.probe and node.next_functions[i][0] is not None
+            if i != self.probe and following[i] is not None
         }
         node.register_prehook(self.before)
         node.register_hook(self.after)
