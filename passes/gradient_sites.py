@@ -320,8 +320,10 @@ def _adds_constant(node: fx.Node, analysis: Analysis) -> bool:
             return True
         return isinstance(analysis[c], Constant) and not is_zero_fill(c)
     if node.target in _SUMS:
-        if any(isinstance(arg, (int, float)) and arg for arg in node.args[:2]):
-            return node.target in (aten.add.Tensor, aten.sub.Tensor)
+        # The numbers of the others are dims.
+        terms = node.args[:2] if node.target in (aten.add.Tensor, aten.sub.Tensor) else ()
+        if any(isinstance(term, (int, float)) and term for term in terms):
+            return True
         arguments = node.all_input_nodes
     elif node.target in _WRITES:
         arguments = [

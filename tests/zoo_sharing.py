@@ -308,6 +308,34 @@ for kind, inputs in {
                 regularised)
 
 
+class PenaltyOnAPart(nn.Module):
+    """The weight comes in parts, and one of them is in the penalty alone."""
+
+    def __init__(self, parts):
+        super().__init__()
+        self.parts, self.weight = parts, nn.Parameter(torch.randn(6, 4) / 2)
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+def penalised_part(model, x):
+    first, *_, last = model.parts(model.weight)
+    used = x @ (first if first.ndim == 2 else first.unsqueeze(1))
+    return used.square().mean() + 3 * last.square().sum()
+
+
+for name, parts in {
+    "chunk_columns": lambda w: w.chunk(2, 1),
+    "chunk_last_dim": lambda w: w.chunk(2, -1),
+    "split_columns": lambda w: w.split([1, 3], 1),
+    "unbind_columns": lambda w: w.unbind(1),
+    "slice_columns": lambda w: (w[:, :2], w[:, 2:]),
+}.items():
+    SHARING.add(f"penalty_on_{name}", functools.partial(PenaltyOnAPart, parts),
+                lambda size: (torch.randn(size, 5, 6),), penalised_part)
+
+
 class LowRankUpdate(nn.Module):
     """LoRA written by hand: the weight and its update are trained."""
 
