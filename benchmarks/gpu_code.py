@@ -97,7 +97,7 @@ class Kernels:
             try:
                 compile(source, target=Driver().get_current_target(), options=options)
                 self.compiled += 1
-            except Exception as error:
+            except Exception as error:  # whatever the compiler raises is what is looked for
                 self.failed.append((function.__name__, config.kwargs | options, str(error)))
 
 
