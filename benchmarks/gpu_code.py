@@ -197,6 +197,13 @@ def gpu_code(kernels: Kernels, show: Callable[[str], None]) -> Iterator[None]:
         yield
 
 
+def graph_name(code: str) -> str:
+    """Return Inductor's name of a graph, such as ``0_backward``."""
+    found = re.search(r"AOT ID: \['(\w+)'\]", code)
+    assert found is not None
+    return found[1]
+
+
 def table(code: str) -> str:
     """List the kernels of a graph by the memory they move, and its library calls."""
     moved = dict(re.findall(r"'kernel_name': '(\w+)'.*?'kernel_num_gb': ([\d.e+-]+)", code))
@@ -208,10 +215,9 @@ def table(code: str) -> str:
         ((float(moved.get(name, 0)) * count, count, name) for name, count in launched.items()),
         reverse=True,
     )
-    name = re.search(r"AOT ID: \['(\w+)'\]", code)
     total = sum(gigabytes for gigabytes, _, _ in rows)
     lines = [
-        f"{name[1] if name else 'graph'}: {sum(launched.values())} kernels move {total:.2f} GB",
+        f"{graph_name(code)}: {sum(launched.values())} kernels move {total:.2f} GB",
         *(f"{gigabytes:10.3f} GB {count:5d} x {name}" for gigabytes, count, name in rows),
         *(f"{count:19d} x {name}" for name, count in called.most_common()),
     ]
@@ -234,8 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     kernels, codes = Kernels(compile=options.compile), dict[str, str]()
 
     def show(code: str) -> None:
-        name = re.search(r"AOT ID: \['(\w+)'\]", code)
-        codes[name[1] if name else f"graph_{len(codes)}"] = code
+        codes[graph_name(code)] = code
 
     workload = find_workload(options.workload)
     method = FlashNorm(workload, Settings("cpu"), options.strategy)

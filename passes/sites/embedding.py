@@ -13,7 +13,7 @@ from flashnorm_compile.passes.batch_axis.values import Batched
 from flashnorm_compile.passes.layout import SampleAxis, masked_scale
 from flashnorm_compile.passes.sites.base import Context, Cost, Site, hint, later
 from flashnorm_compile.passes.sites.generic import is_zero_fill
-from flashnorm_compile.passes.sites.matmul import MatmulSite
+from flashnorm_compile.passes.sites.matmul import MatmulSite, sample_major
 from flashnorm_compile.passes.sites.rounding import (
     HALF,
     Rounding,
@@ -242,7 +242,8 @@ class EmbeddingSite(Site):
             batch: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *operands: torch.Tensor
         ) -> tuple[torch.Tensor, torch.Tensor]:
             tokens, gradients = self._sample_major(batch.shape[0], *operands)
-            left, right = other._sample_major(left, right, batch.shape[0])
+            axes = other.left_axis, other.right_axis
+            left, right = sample_major(axes, left, right, batch.shape[0])
             if other_transposed:
                 left, right = right.mT, left.mT
             # left [B, V, T], right [B, T, d]; tokens [B, S], gradients [B, S, d].

@@ -49,11 +49,10 @@ class MatmulSite(Site):
     def per_sample(self) -> fx.Node:
         """Emit [B, (b,) m, n]."""
         rows, padded = self.node.meta["val"].shape[-2], self.padded is not None
-        left_axis, right_axis = self.left_axis, self.right_axis
+        axes = self.left_axis, self.right_axis
 
         def code(left: torch.Tensor, right: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
-            left = left_axis.slices(left, batch.shape[0])
-            product = torch.matmul(left, right_axis.slices(right, batch.shape[0]))
+            product = torch.matmul(*sample_major(axes, left, right, batch.shape[0]))
             return product.narrow(-2, 0, rows) if padded else product
 
         return self._emit(code)
@@ -83,14 +82,13 @@ class MatmulSite(Site):
 
     def ghost(self) -> tuple[fx.Node, fx.Node]:
         """Emit squared norms by Gram matrices, [B, T, T] each; no T×T matrix where T is 1."""
-        left_axis, right_axis = self.left_axis, self.right_axis
+        axes = self.left_axis, self.right_axis
         rounding, scale_left = self.rounding, self._scale_left
 
         def code(
             left: torch.Tensor, right: torch.Tensor, batch: torch.Tensor
         ) -> tuple[torch.Tensor, torch.Tensor]:
-            left = left_axis.slices(left, batch.shape[0])
-            right = right_axis.slices(right, batch.shape[0])
+            left, right = sample_major(axes, left, right, batch.shape[0])
             return ghost_square(left, right, rounding, scale_left=scale_left)
 
         return self._emit(code)
@@ -109,6 +107,7 @@ class MatmulSite(Site):
         """Emit ⟨L₁R₁, L₂R₂⟩ = Σ (L₁ᵀL₂)∘(R₁R₂ᵀ), the second swapped if stored transposed."""
         assert isinstance(other, MatmulSite)
         swap = transposed != other_transposed
+        axes, axes2 = (self.left_axis, self.right_axis), (other.left_axis, other.right_axis)
 
         def code(
             left: torch.Tensor,
@@ -117,8 +116,8 @@ class MatmulSite(Site):
             right2: torch.Tensor,
             batch: torch.Tensor,
         ) -> tuple[torch.Tensor, torch.Tensor]:
-            left, right = self._sample_major(left, right, batch.shape[0])
-            left2, right2 = other._sample_major(left2, right2, batch.shape[0])
+            left, right = sample_major(axes, left, right, batch.shape[0])
+            left2, right2 = sample_major(axes2, left2, right2, batch.shape[0])
             if swap:
                 left2, right2 = right2.mT, left2.mT
             return ghost_product(left, right, left2, right2)
@@ -148,11 +147,6 @@ class MatmulSite(Site):
         return Cost(
             flops=2.0 * batch * tokens**2 * (m + n) * (lead / (m * n)), bytes=copies + grams
         )
-
-    def _sample_major(
-        self, left: torch.Tensor, right: torch.Tensor, batch_size: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.left_axis.slices(left, batch_size), self.right_axis.slices(right, batch_size)
 
     def _emit(self, code: Callable[..., Any]) -> Any:
         """Emit code of both operands, the left one padded where that pays."""
@@ -220,6 +214,13 @@ class MatmulSite(Site):
 
     def _gradient_elements(self) -> float:
         return hint(self.node.meta["val"].numel()) * hint(self.context.batch.meta["val"].shape[0])
+
+
+def sample_major(
+    axes: tuple[SampleAxis, SampleAxis], left: torch.Tensor, right: torch.Tensor, batch_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return both operands of a product as [B, ...], each sample's part where it was."""
+    return axes[0].slices(left, batch_size), axes[1].slices(right, batch_size)
 
 
 def wants_padding(left: torch.Tensor) -> bool:
