@@ -220,6 +220,8 @@ def _compile_training(
         scalars=count + 2,
         loss_reduction=state.options.loss_reduction,
         strategy=state.options.strategy,
+        fused=state.options.kernels == "fused",
+        memory_budget=state.options.memory_budget,
         loss_outside=state.options.loss_outside,
     )
     extended, extra = _append_state(gm, roles)

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from flashnorm_compile._torch import Frame, InputSource
+import torch
+from torch.utils import _pytree as pytree
+
+from flashnorm_compile._torch import Frame, InputSource, mark_size
 from flashnorm_compile.errors import PrivacyError
 
 
@@ -21,6 +24,18 @@ def dims_by_name(in_dims: Any, frame: Frame) -> Any:
             )
         return dict(zip(frame.positional, in_dims, strict=False))
     return in_dims
+
+
+def expect_batches(arguments: Any) -> None:
+    """Let Dynamo's first trace see symbols for the sizes of batches that lie in dim 0.
+
+    Only to save time: what is not found here has Dynamo trace again, once its graph is seen.
+    """
+    for value in pytree.tree_leaves(arguments):
+        if not isinstance(value, torch.Tensor) or value.requires_grad or value.ndim == 0:
+            continue
+        if value.shape[0] > 1:
+            mark_size(value, 0)
 
 
 def refuse_unknown_names(named: Any, roots: Iterable[str | None], frame: Frame) -> None:

@@ -11,12 +11,14 @@ from typing import Any, Literal
 from flashnorm_compile.errors import PrivacyError
 
 LossReduction = Literal["mean", "sum"]
-Strategy = Literal["auto", "materialize", "ghost"]
+Strategy = Literal["auto", "materialize", "ghost", "flash"]
+Kernels = Literal["library", "fused"]
 Lowering = Literal["inductor", "eager"]
 
 _CHOICES: dict[str, tuple[object, ...]] = {
     "loss_reduction": ("mean", "sum"),
-    "strategy": ("auto", "materialize", "ghost"),
+    "strategy": ("auto", "materialize", "ghost", "flash"),
+    "kernels": ("library", "fused"),
     "lowering": ("inductor", "eager"),
     "loss_outside": (False, True),
 }
@@ -38,7 +40,13 @@ class Options:
         in_dims: where the batch axis of each argument is, in vmap's convention: an int for all,
             or a tuple by position or a dict by argument name, of ints, None (not a batch
             argument) and nested containers. None means dim 0 of every tensor argument.
-        strategy: how per-sample norms are computed; "auto" lets the cost model choose.
+        strategy: how per-sample norms are computed; "auto" lets the cost model choose. Where a
+            parameter's gradient does not allow what is asked for, the cost model chooses too.
+        kernels: "library" computes norms and sums by torch's own operations; "fused" by kernels of
+            this package, where there is one, written in Triton for GPUs. "flash" norms are always
+            by these.
+        memory_budget: bytes that "auto" may keep alive until the clipping factors are known, by
+            the cost model; None is no limit: the fastest strategies.
         seed: reproduces the noise of a program that is run again; None draws one from the
             operating system. Two gradients under the same noise differ by their un-noised
             difference, so the steps made with one seed in one process draw different noise;
@@ -54,6 +62,8 @@ class Options:
     loss_outside: bool = False
     in_dims: Any = None
     strategy: Strategy = "auto"
+    kernels: Kernels = "library"
+    memory_budget: float | None = None
     seed: int | None = None
     lowering: Lowering = "inductor"
 
@@ -74,6 +84,8 @@ class Options:
                 "noisy sum is divided by the expected size of a logical batch, never by the "
                 'actual one. Pass it, or loss_reduction="sum" for a summed loss.'
             )
+        if self.memory_budget is not None:
+            _require_number("memory_budget", self.memory_budget, positive=False)
         if self.seed is not None and (
             isinstance(self.seed, bool)
             or not isinstance(self.seed, int)

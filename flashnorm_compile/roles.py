@@ -15,6 +15,7 @@ from flashnorm_compile._torch import (
     Frame,
     InputSource,
     example_argument,
+    hint,
     input_source,
     size_expr,
 )
@@ -126,10 +127,10 @@ def assign_roles(graph: fx.Graph, frame: Frame, in_dims: Any) -> Roles:
                 and (source := input_source(placeholders[each.index])) is not None
             }
             raise PrivacyError(
-                f"The batch inputs disagree on the batch size: {first} has {batch_size} samples, "
-                f"{name} has {size}. If one of them is no batch input, say so of that one alone: "
-                f"{declared[first]} if {first} holds no samples, {declared[name]} if {name} holds "
-                "none."
+                f"The batch inputs disagree on the batch size: {first} has {hint(batch_size)} "
+                f"samples, {name} has {hint(size)}. If one of them is no batch input, say so of "
+                f"that one alone: {declared[first]} if {first} holds no samples, "
+                f"{declared[name]} if {name} holds none."
             )
     return Roles(inputs, batch_size)
 

@@ -15,6 +15,7 @@ from flashnorm_compile.backend import compile_graph
 from flashnorm_compile.discarding import discard_reachable
 from flashnorm_compile.errors import PrivacyError
 from flashnorm_compile.graph_pass import inductor_settings
+from flashnorm_compile.in_dims import expect_batches
 from flashnorm_compile.kernels.noise import add_noise
 from flashnorm_compile.optimizers import guard_optimizers, running
 from flashnorm_compile.options import Options
@@ -64,10 +65,10 @@ def dp_step(
         dynamic: as for ``torch.compile``, but that code serves batches of any size unless it is
             False; then it is made anew for every size.
         options: see ``flashnorm_compile.Options``: ``max_grad_norm``, ``noise_multiplier``,
-            ``expected_batch_size``, ``loss_reduction``, ``in_dims``, ``strategy``, ``seed``,
-            ``lowering``. A ``seed`` reproduces the noise of a program that is run again; steps
-            made with one seed in one process draw different noise, except inside
-            ``flashnorm_compile.noise_streams.repeat_noise``.
+            ``expected_batch_size``, ``loss_reduction``, ``in_dims``, ``strategy``,
+            ``memory_budget``, ``seed``, ``lowering``. A ``seed`` reproduces the noise of a
+            program that is run again; steps made with one seed in one process draw different
+            noise, except inside ``flashnorm_compile.noise_streams.repeat_noise``.
 
     Returns:
         The compiled step, or a decorator when called without a function.
@@ -136,6 +137,8 @@ class PrivateStep(Generic[P, R]):
         """
         state = self._state
         graphs = state.graphs_run
+        if not graphs and self.options.in_dims is None:
+            expect_batches((args, kwargs))
         if not state.accumulating:
             state.observations.clear()
         try:

@@ -11,6 +11,7 @@ from flashnorm_compile.passes.gradient_sites import CASTS, ParameterGradient
 from flashnorm_compile.passes.plan import Choice, Plan, pair
 from flashnorm_compile.passes.sample_map import run_mapped
 from flashnorm_compile.passes.sites import Context, Site
+from flashnorm_compile.passes.sites.base import square_norm
 from flashnorm_compile.passes.sites.rounding import bounded_square
 
 
@@ -59,18 +60,18 @@ def _apart(gradient: ParameterGradient) -> bool:
 def _site_by_site(gradient: ParameterGradient, choices: tuple[Choice, ...], norms: Norms) -> None:
     """‖Σ_k g_k‖² = Σ_k ‖g_k‖² + 2 Σ_{k<l} ⟨g_k, g_l⟩."""
     sites = gradient.sites
+    if choices == ("materialize",):
+        norms.per_sample[sites[0].node], square = sites[0].measured()
+        norms.squares.append(square)
+        return
     materialized = {
         site: site.per_sample()
         for site, choice in zip(sites, choices, strict=True)
         if choice == "materialize"
     }
     norms.per_sample.update((site.node, samples) for site, samples in materialized.items())
-    if len(materialized) == len(sites):
-        _add_square(norms, materialized[sites[0]], sites[0].context)
-        return
     squares = [
-        _known_square(site.context, materialized[site]) if site in materialized else site.ghost()
-        for site in sites
+        _square(site, choice, materialized) for site, choice in zip(sites, choices, strict=True)
     ]
     products = [
         _inner_product(gradient, first, second, materialized)
@@ -106,25 +107,27 @@ def _inner_product(
     )
 
 
-def _known_square(context: Context, samples: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """Emit the square of what is summed, to which nothing has to be added."""
+def _square(
+    site: Site, choice: Choice, materialized: dict[Site, fx.Node]
+) -> tuple[fx.Node, fx.Node]:
+    """Emit a site's square and its slack; what is summed as it is needs none."""
+    if choice == "ghost":
+        return site.ghost()
+    if choice == "flash":
+        return site.flash()
 
     def code(samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         square = square_norm(samples)
         return square, torch.zeros_like(square)
 
-    return context.emit(  # type: ignore[no-any-return]
+    samples = materialized[site]
+    return site.context.emit(  # type: ignore[no-any-return]
         code, samples, before=samples.next, like=samples
     )
 
 
 def _add_square(norms: Norms, samples: fx.Node, context: Context) -> None:
     norms.squares.append(context.emit(square_norm, samples, before=samples.next, like=samples))
-
-
-def square_norm(samples: torch.Tensor) -> torch.Tensor:
-    """Squared norms [B] of per-sample gradients [B, ...], in float32."""
-    return samples.float().square().reshape(samples.shape[0], -1).sum(1)
 
 
 def materialize(gradient: ParameterGradient, context: Context, scale: fx.Node) -> fx.Node:

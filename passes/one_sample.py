@@ -8,12 +8,14 @@ from torch import fx
 
 from flashnorm_compile.errors import PrivacyError
 from flashnorm_compile.passes.batch_axis.analysis import Analysis
+from flashnorm_compile.passes.cost import Cost
 from flashnorm_compile.passes.emit import Emitter
 from flashnorm_compile.passes.joint import JointGraph, no_loss
-from flashnorm_compile.passes.norms import Norms, square_norm
+from flashnorm_compile.passes.norms import Norms
 from flashnorm_compile.passes.plan import Plan, Row
 from flashnorm_compile.passes.release import insert_clipping, release_samples
-from flashnorm_compile.passes.sites import Context, Cost
+from flashnorm_compile.passes.sites import Context
+from flashnorm_compile.passes.sites.base import square_norm
 
 if TYPE_CHECKING:
     from flashnorm_compile.passes.pipeline import Request
@@ -73,7 +75,7 @@ def _plan(joint: JointGraph, request: Request) -> Plan:
                 source="",
                 axis="",
                 choices=("materialize",),
-                cost=Cost(0.0, 0.0),
+                cost=Cost(),
             )
             for index, name in request.parameters.items()
             if index in joint.gradients

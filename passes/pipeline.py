@@ -37,7 +37,9 @@ class Request:
         probe, key, scalars: indices of the appended inputs: [B] float32, whose gradient carries
             the norms out; int64 (seed, release); float32 (C, σC, 1/E).
         loss_reduction: "mean" or "sum".
-        strategy: "auto", "materialize" or "ghost".
+        strategy: "auto", "materialize", "ghost" or "flash".
+        fused: whether norms and sums are made by the kernels of this package.
+        memory_budget: bytes that may be kept until clipping; None is no limit.
         loss_outside: whether outputs with a batch axis may get gradients from outside.
     """
 
@@ -50,6 +52,8 @@ class Request:
     scalars: int
     loss_reduction: str = "mean"
     strategy: str = "auto"
+    fused: bool = False
+    memory_budget: float | None = None
     loss_outside: bool = False
 
 
@@ -113,11 +117,12 @@ def _rewrite(joint: JointGraph, request: Request) -> Plan:
         _refuse_batch_size_in_state(joint, scales, request)
     losses, zeros = _checked_tangents(joint, analysis, request)
 
-    context = Context(emit, analysis, batch)
+    fused = request.fused or request.strategy == "flash"
+    context = Context(emit, analysis, batch, fused)
     gradients = find_gradient_sites(joint, analysis, context, _private_gradients(joint, request))
     if scales is not None:
         check_batch_size(scales, gradients, analysis, mean=mean)
-    plan = make_plan(gradients, request.strategy)
+    plan = make_plan(gradients, request.strategy, request.memory_budget)
     scale = _insert_scale(emit, batch, _first_backward_node(joint, gradients), mean=mean)
     norms = insert_norms(gradients, plan, context, scale)
     _insert_release(joint, request, gradients, norms, scale, losses, zeros, context)

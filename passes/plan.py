@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from flashnorm_compile._torch import source_location
+from flashnorm_compile.errors import PrivacyError
+from flashnorm_compile.passes.cost import Cost
 from flashnorm_compile.passes.gradient_sites import ParameterGradient
-from flashnorm_compile.passes.sites import Cost, Site
+from flashnorm_compile.passes.sites import Site
 
-Choice = Literal["materialize", "ghost"]
-
-# A matrix product moves about this many FLOPs per byte of memory traffic on current hardware;
-# it puts the two costs of a strategy on one scale.
-FLOPS_PER_BYTE = 150.0
+Choice = Literal["materialize", "ghost", "flash"]
+_Option = tuple[tuple[Choice, ...], Cost]
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,8 @@ class Row:
         axis: the batch axis of the operands ("dim 0 of [8, 16]").
         choices: how the norms of its sites are found, one choice per site; a single
             "materialize" for a parameter whose sites are summed per sample first.
-        cost: predicted work of that strategy beyond the non-private step.
+        cost: predicted work of that strategy beyond the non-private step, for the batch that was
+            traced.
     """
 
     parameter: str
@@ -58,7 +58,10 @@ class Plan:
         return next(row.choices for row in self.rows if row.index == index)
 
     def __str__(self) -> str:
-        header = ("parameter", "shape", "sites", "axis", "strategy", "MFLOP", "MB", "source")
+        header = (
+            "parameter", "shape", "sites", "axis", "strategy", "µs", "MFLOP", "MB", "kept MB",
+            "source",
+        )  # fmt: skip
         lines = [header] + [
             (
                 row.parameter,
@@ -66,8 +69,10 @@ class Plan:
                 "+".join(row.sites) or "constant",
                 row.axis,
                 row.strategy,
+                f"{row.cost.seconds * 1e6:.1f}",
                 f"{row.cost.flops / 1e6:.2f}",
                 f"{row.cost.bytes / 1e6:.2f}",
+                f"{row.cost.kept / 1e6:.2f}",
                 row.source,
             )
             for row in self.rows
@@ -79,18 +84,32 @@ class Plan:
         )
 
 
-def make_plan(gradients: list[ParameterGradient], strategy: str) -> Plan:
+def make_plan(
+    gradients: list[ParameterGradient], strategy: str, memory_budget: float | None = None
+) -> Plan:
     """Choose a strategy for every parameter.
 
     Args:
         gradients: the gradients and their sites.
         strategy: "auto", or the strategy to use wherever a parameter allows it.
+        memory_budget: bytes that may be kept until clipping, by the cost model; None is no limit.
+
+    Raises:
+        PrivacyError: no choice keeps so little.
     """
-    return Plan(tuple(_row(gradient, strategy) for gradient in gradients))
+    options = [_options(gradient, strategy) for gradient in gradients]
+    chosen = [min(each, key=lambda option: option[1].seconds) for each in options]
+    if memory_budget is not None:
+        _economize(chosen, options, memory_budget)
+    return Plan(
+        tuple(
+            _row(gradient, choices, cost)
+            for gradient, (choices, cost) in zip(gradients, chosen, strict=True)
+        )
+    )
 
 
-def _row(gradient: ParameterGradient, strategy: str) -> Row:
-    choices, cost = _choose(gradient, strategy)
+def _row(gradient: ParameterGradient, choices: tuple[Choice, ...], cost: Cost) -> Row:
     first = gradient.sites[0] if gradient.sites else None
     return Row(
         parameter=gradient.name,
@@ -104,33 +123,60 @@ def _row(gradient: ParameterGradient, strategy: str) -> Row:
     )
 
 
-def _choose(gradient: ParameterGradient, strategy: str) -> tuple[tuple[Choice, ...], Cost]:
-    """Choose for every site, or sum the sites' per-sample gradients first."""
+def _economize(chosen: list[_Option], options: list[list[_Option]], budget: float) -> None:
+    """Exchange choices in place, the cheapest byte first, until they keep no more than that."""
+    while (excess := sum(cost.kept for _, cost in chosen) - budget) > 0:
+        exchanges = [
+            ((cost.seconds - now.seconds) / min(now.kept - cost.kept, excess), i, (choices, cost))
+            for i, (_, now) in enumerate(chosen)
+            for choices, cost in options[i]
+            if cost.kept < now.kept
+        ]
+        if not exchanges:
+            least = sum(cost.kept for _, cost in chosen)
+            raise PrivacyError(
+                f"flashnorm option memory_budget={budget:g} is less than any strategy keeps until "
+                f"the clipping factors are known, {least:g} bytes for the batch that was traced. "
+                "Raise it, or use smaller batches (see accumulate)."
+            )
+        _, i, better = min(exchanges, key=lambda exchange: exchange[:2])
+        chosen[i] = better
+
+
+def _options(gradient: ParameterGradient, strategy: str) -> list[_Option]:
+    """Return what may be chosen: for every site, or to sum the sites' gradients first."""
     sites = gradient.sites
-    options: list[tuple[tuple[Choice, ...], Cost]] = [
+    options: list[_Option] = [
         (("materialize",), _sum([site.materialize_cost() for site in sites]))
     ]
     if strategy == "materialize":
-        return options[0]
+        return options
     if gradient.isometric:
         options += _alone(sites[0])
     elif len(sites) > 1:
         options += _apart(gradient)
-    # All by ghost norms comes last.
-    return options[-1] if strategy == "ghost" else min(options, key=lambda x: _time(x[1]))
+    if strategy == "auto":
+        return options
+    # All by ghost norms comes last of what has any.
+    asked = [option for option in options if strategy in option[0]]
+    return asked[-1:] or options
 
 
-def _alone(site: Site) -> list[tuple[tuple[Choice, ...], Cost]]:
-    cost = site.ghost_cost()
-    return [] if cost is None else [(("ghost",), cost)]
+def _alone(site: Site) -> list[_Option]:
+    options: list[_Option] = []
+    if (cost := site.ghost_cost()) is not None:
+        options.append((("ghost",), cost))
+    if (cost := site.flash_cost()) is not None:
+        options.append((("flash",), cost))
+    return options
 
 
-def _apart(gradient: ParameterGradient) -> list[tuple[tuple[Choice, ...], Cost]]:
+def _apart(gradient: ParameterGradient) -> list[_Option]:
     """Norms from those of the sites and their inner products: one is materialised, or none."""
     sites = gradient.sites
     if any(gradient.orientation(site) is None for site in sites):
         return []
-    options = []
+    options: list[_Option] = []
     for materialized in (*sites, None):
         choices: tuple[Choice, ...] = tuple(
             "materialize" if site is materialized else "ghost" for site in sites
@@ -167,8 +213,4 @@ def pair(first: Site, second: Site) -> tuple[Site, Site, Cost] | None:
 
 
 def _sum(costs: list[Cost]) -> Cost:
-    return Cost(sum(cost.flops for cost in costs), sum(cost.bytes for cost in costs))
-
-
-def _time(cost: Cost) -> float:
-    return cost.flops + FLOPS_PER_BYTE * cost.bytes
+    return sum(costs, Cost())

@@ -137,7 +137,13 @@ def private_step(
 
 
 def run_private(
-    case: Case, strategy: str, lowering: str, *, max_grad_norm: float = 1.0, batch: Any = None
+    case: Case,
+    strategy: str,
+    lowering: str,
+    *,
+    max_grad_norm: float = 1.0,
+    batch: Any = None,
+    **options: Any,
 ) -> PrivateResult:
     """Run one private step of a case on a fresh model."""
     model = case.build_model()
@@ -148,6 +154,7 @@ def run_private(
         lowering=lowering,
         loss_reduction=case.loss_reduction,
         in_dims=None if case.in_dims is None else {"kwargs": case.in_dims},
+        **options,
     )
     return read_result(
         step, model, call(step, model, case.build_batch() if batch is None else batch)
@@ -224,7 +231,7 @@ def check_every_strategy(case: Case) -> None:
         check_case(case, "materialize")
 
 
-def check_case(case: Case, strategy: str, lowering: str = "eager") -> Plan:
+def check_case(case: Case, strategy: str, lowering: str = "eager", **options: Any) -> Plan:
     """Assert that the private step gives the oracle's norms, factors and gradients.
 
     The returned loss must be that of the plain step on the whole batch.
@@ -236,7 +243,7 @@ def check_case(case: Case, strategy: str, lowering: str = "eager") -> Plan:
     per_sample = run_oracle(case, batch)
     bound = bound_that_clips_some(per_sample.norms)
     expected = clip(per_sample, bound, case.loss_reduction)
-    actual = run_private(case, strategy, lowering, max_grad_norm=bound, batch=batch)
+    actual = run_private(case, strategy, lowering, max_grad_norm=bound, batch=batch, **options)
     assert_matches_oracle(
         expected,
         norms=actual.norms,

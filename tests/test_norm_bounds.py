@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import flashnorm_compile as fn
 
 STRATEGIES = ("ghost", "auto")
+WITH_KERNELS = [("ghost", "library"), ("auto", "library"), ("ghost", "fused"), ("flash", "fused")]
 #: In float32: rounding in the worst case (see ``passes/sites/rounding.py``).
 FLOAT32 = 1.0025
 #: In bfloat16 the scaled operand is rounded once more.
@@ -23,9 +24,9 @@ BFLOAT16 = 1.032
 DISTANCES = (0.0, 1e-6, 1e-4, 1e-3, 1e-2, 1.0)
 
 
-def private(loss, bound, strategy="ghost"):
+def private(loss, bound, strategy="ghost", kernels="library"):
     return fn.dp_step(max_grad_norm=bound, noise_multiplier=0.0, loss_reduction="sum",
-                      lowering="eager", strategy=strategy)(make_step(loss))
+                      lowering="eager", strategy=strategy, kernels=kernels)(make_step(loss))
 
 
 def contribution(step, model, batch):
@@ -58,10 +59,10 @@ class Reused(nn.Module):
 
 
 def assert_bounded(loss, model, batch, *, limit=FLOAT32, bounds=(1.0,), cases=DISTANCES,
-                   seeds=1, strategy="ghost"):
+                   seeds=1, strategy="ghost", kernels="library"):
     """Assert ‖contribution‖ ≤ C for the sample ``batch(case)``, for every case."""
     for bound in bounds:
-        step = private(loss, bound, strategy)
+        step = private(loss, bound, strategy, kernels)
         for case in cases:
             for seed in range(seeds):
                 torch.manual_seed(seed)
@@ -69,10 +70,10 @@ def assert_bounded(loss, model, batch, *, limit=FLOAT32, bounds=(1.0,), cases=DI
                 assert size <= bound * limit, f"{size} at {bound}, {case}; computed norm {norm}"
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(("strategy", "kernels"), WITH_KERNELS)
 @pytest.mark.parametrize("scale", [1.0, 1e4])
 @pytest.mark.parametrize("tokens", [2, 16, 64])
-def test_linear_with_tokens(tokens, scale, strategy):
+def test_linear_with_tokens(tokens, scale, strategy, kernels):
     def batch(distance):
         x, signs = cancelling(tokens, 256, distance=distance)
         return (alone(x), alone(signs))
@@ -81,12 +82,12 @@ def test_linear_with_tokens(tokens, scale, strategy):
         return (model(x).sum(2) * signs * scale).sum()
 
     assert_bounded(loss, nn.Linear(256, 256, bias=False), batch,
-                   bounds=(1e-3, 1.0, 30.0), strategy=strategy)
+                   bounds=(1e-3, 1.0, 30.0), strategy=strategy, kernels=kernels)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(("strategy", "kernels"), WITH_KERNELS)
 @pytest.mark.parametrize("scale", [1.0, 1e4])
-def test_gradients_that_cancel_at_equal_tokens(scale, strategy):
+def test_gradients_that_cancel_at_equal_tokens(scale, strategy, kernels):
     def batch(distance):
         x = torch.randn(1, 64) + distance * torch.randn(16, 64)
         weights = torch.randn(16, 64)
@@ -96,7 +97,7 @@ def test_gradients_that_cancel_at_equal_tokens(scale, strategy):
     def loss(model, x, weights):
         return (model(x) * weights * scale).sum()
 
-    assert_bounded(loss, nn.Linear(64, 64, bias=False), batch, strategy=strategy)
+    assert_bounded(loss, nn.Linear(64, 64, bias=False), batch, strategy=strategy, kernels=kernels)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

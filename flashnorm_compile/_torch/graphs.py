@@ -18,6 +18,13 @@ def size_expr(size: int | torch.SymInt) -> sympy.Expr:
     return sympy.Integer(size)
 
 
+def hint(size: int | torch.SymInt) -> int:
+    """Return the size that was traced with."""
+    if isinstance(size, torch.SymInt):
+        return int(size.node.hint if size.node.hint is not None else 1)
+    return int(size)
+
+
 def number_expr(value: int | float | torch.SymInt | torch.SymFloat | torch.SymBool) -> sympy.Expr:
     """Return a number computed from sizes as a sympy expression, without adding a guard."""
     if isinstance(value, torch.SymInt):

@@ -131,12 +131,17 @@ def mark_symbolic(placeholder: fx.Node, dim: int) -> bool:
         # An array becomes another tensor in every trace; the mark would not be found there.
         return False
     value = argument.example
+    return isinstance(value, torch.Tensor) and mark_size(value, dim)
+
+
+def mark_size(tensor: torch.Tensor, dim: int) -> bool:
+    """Ask Dynamo for a symbol for one size of a tensor; tell whether that is news."""
     old = torch.__version__.split(".")[:2] < ["2", "13"]
     name = _OLD_MARKS if old else _MARKS
-    marked: set[int] = getattr(value, name, set())
-    if not isinstance(value, torch.Tensor) or dim in marked:
+    marked: set[int] = getattr(tensor, name, set())
+    if dim in marked:
         return False
-    setattr(value, name, {*marked, dim})
+    setattr(tensor, name, {*marked, dim})
     return True
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from torch import fx
 
-from flashnorm_compile.passes.sites.base import Context, Cost, Site
+from flashnorm_compile.passes.sites.base import Context, Site
 from flashnorm_compile.passes.sites.convolution import ConvolutionBiasSite, ConvolutionSite
 from flashnorm_compile.passes.sites.embedding import EmbeddingSite
+from flashnorm_compile.passes.sites.fused_matmul import FusedMatmulSite
 from flashnorm_compile.passes.sites.generic import GenericSite
 from flashnorm_compile.passes.sites.matmul import MatmulSite
 from flashnorm_compile.passes.sites.reduction import ReductionSite
 
 KINDS = (
+    FusedMatmulSite,
     MatmulSite,
     ReductionSite,
     EmbeddingSite,
@@ -20,7 +22,7 @@ KINDS = (
     GenericSite,
 )
 
-__all__ = ["KINDS", "Context", "Cost", "Site", "site_at"]
+__all__ = ["KINDS", "Context", "Site", "site_at"]
 
 
 def site_at(node: fx.Node, context: Context) -> Site | None:

@@ -9,18 +9,12 @@ from typing import ClassVar
 import torch
 from torch import fx
 
+from flashnorm_compile._torch import hint
 from flashnorm_compile.passes.batch_axis.analysis import Analysis
 from flashnorm_compile.passes.batch_axis.values import Batched
+from flashnorm_compile.passes.cost import Cost, Device
 from flashnorm_compile.passes.emit import Emitter
 from flashnorm_compile.passes.sites.rounding import Rounding
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Predicted extra work of a strategy over the non-private step, per batch."""
-
-    flops: float
-    bytes: float
 
 
 @dataclass(frozen=True)
@@ -31,11 +25,23 @@ class Context:
         emit: splices snippets into the graph.
         analysis: the batch-axis analysis.
         batch: a [B] node, from whose shape snippets read the batch size.
+        fused: whether sites use the kernels of this package, where there is one.
     """
 
     emit: Emitter
     analysis: Analysis
     batch: fx.Node
+    fused: bool = False
+
+    @property
+    def device(self) -> Device:
+        """The device that the step runs on."""
+        return Device.of(self.batch.meta["val"].device)
+
+    @property
+    def batch_size(self) -> int:
+        """B, as it was traced with."""
+        return hint(self.batch.meta["val"].shape[0])
 
 
 class Site(ABC):
@@ -60,9 +66,19 @@ class Site(ABC):
             before: where the code goes.
         """
 
+    def measured(self) -> tuple[fx.Node, fx.Node]:
+        """Emit the per-sample gradients, and their squared norms [B]."""
+        samples = self.per_sample()
+        square = self.context.emit(square_norm, samples, before=samples.next, like=samples)
+        return samples, square
+
     def ghost(self) -> tuple[fx.Node, fx.Node]:
-        """Emit squared norms [B] without the gradients, and their slack (see ``rounding``)."""
+        """Emit squared norms [B] from pairs of tokens, and their slack (see ``rounding``)."""
         raise NotImplementedError(f"{self.kind} sites have no ghost norm")
+
+    def flash(self) -> tuple[fx.Node, fx.Node]:
+        """Emit squared norms [B] of gradients that are never stored, and their slack."""
+        raise NotImplementedError(f"{self.kind} sites have no flash norm")
 
     @property
     def rounding(self) -> Rounding:
@@ -117,20 +133,22 @@ class Site(ABC):
         """Predict the cost of per-sample gradients."""
 
     def ghost_cost(self) -> Cost | None:
-        """Predict the cost of norms without the gradients; None if unsupported."""
+        """Predict the cost of norms from pairs of tokens; None if unsupported."""
         return None
+
+    def flash_cost(self) -> Cost | None:
+        """Predict the cost of norms of gradients that are not stored; None if unsupported."""
+        return None
+
+
+def square_norm(samples: torch.Tensor) -> torch.Tensor:
+    """Squared norms [B] of per-sample gradients [B, ...], in float32."""
+    return samples.float().square().reshape(samples.shape[0], -1).sum(1)
 
 
 def numel(node: fx.Node) -> float:
     """Return a node's number of elements, with the traced example for symbolic sizes."""
     return float(hint(node.meta["val"].numel()))
-
-
-def hint(size: int | torch.SymInt) -> int:
-    """Return the size that was traced with."""
-    if isinstance(size, torch.SymInt):
-        return int(size.node.hint if size.node.hint is not None else 1)
-    return int(size)
 
 
 def later(first: fx.Node, second: fx.Node) -> fx.Node:

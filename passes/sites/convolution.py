@@ -15,11 +15,13 @@ import torch
 from torch import fx
 from torch.nn import functional
 
+from flashnorm_compile._torch import hint
 from flashnorm_compile.passes.batch_axis.values import Batched
+from flashnorm_compile.passes.cost import Cost
 from flashnorm_compile.passes.layout import SampleAxis, masked_scale
-from flashnorm_compile.passes.sites.base import Context, Cost, Site, hint
+from flashnorm_compile.passes.sites.base import Context, Site
 from flashnorm_compile.passes.sites.reduction import ReductionSite
-from flashnorm_compile.passes.sites.rounding import Rounding, ghost_square
+from flashnorm_compile.passes.sites.rounding import Rounding, ghost_square, gram_dtype
 
 aten = torch.ops.aten
 _FIRST = SampleAxis(0, 1, 1)
@@ -101,20 +103,34 @@ class ConvolutionSite(Site):
         )
 
     def materialize_cost(self) -> Cost:
-        """Patches written and read, and a gradient per sample."""
+        """Patches written and read, one product per sample, and its result read twice."""
         batch, positions, outer, inner = self._sizes()
-        size = self.gradient.meta["val"].element_size()
-        patches = 2.0 * size * batch * positions * inner * self.groups
-        return Cost(flops=0.0, bytes=patches + 3.0 * size * batch * outer * inner * self.groups)
+        device, value = self.context.device, self.gradient.meta["val"]
+        size = value.element_size() * batch * self.groups
+        flops = 2.0 * batch * self.groups * positions * outer * inner
+        patches, result = size * positions * inner, size * outer * inner
+        operands = patches + size * positions * outer
+        apart = device.multiply(flops, value.dtype, operands + result)
+        together = device.multiply(flops, value.dtype, size * positions * outer)
+        moved = device.move(patches, result, result)
+        return Cost(
+            seconds=max(apart.seconds - together.seconds, 0.0) + moved.seconds,
+            bytes=moved.bytes + patches + result,
+            kept=result,
+        )
 
     def ghost_cost(self) -> Cost:
         """Patches, two Gram matrices per group, and the weighted operands."""
         batch, positions, outer, inner = self._sizes()
-        size = self.gradient.meta["val"].element_size()
-        moved = 2.0 * size * batch * positions * (2 * inner + outer) * self.groups
-        grams = 3.0 * 4.0 * batch * self.groups * positions**2
-        flops = 2.0 * batch * self.groups * positions**2 * (outer + inner)
-        return Cost(flops=flops, bytes=moved + grams)
+        device, value = self.context.device, self.gradient.meta["val"]
+        dtype = gram_dtype(value)
+        pairs = batch * self.groups * positions**2
+        written = 2.0 * (8.0 if dtype == torch.float64 else 4.0) * pairs
+        size = value.element_size() * batch * positions * self.groups
+        read = size * (outer + inner)
+        grams = device.multiply(2.0 * pairs * (outer + inner), dtype, read + written)
+        kept = size * (outer + inner / math.prod(self.kernel))
+        return grams + device.move(size * inner, written, 2.0 * kept) + Cost(kept=kept)
 
     def _operands(
         self, gradient: torch.Tensor, x: torch.Tensor

@@ -9,15 +9,18 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from flashnorm_compile._torch import hint
 from flashnorm_compile.passes.batch_axis.values import Batched
+from flashnorm_compile.passes.cost import Cost
 from flashnorm_compile.passes.layout import SampleAxis, masked_scale
-from flashnorm_compile.passes.sites.base import Context, Cost, Site, hint, later
+from flashnorm_compile.passes.sites.base import Context, Site, later
 from flashnorm_compile.passes.sites.generic import is_zero_fill
 from flashnorm_compile.passes.sites.matmul import MatmulSite, sample_major
 from flashnorm_compile.passes.sites.rounding import (
     HALF,
     Rounding,
     gram,
+    gram_dtype,
     gram_error,
     pair_sum,
     row_norms,
@@ -149,12 +152,12 @@ class EmbeddingSite(Site):
         if isinstance(other, EmbeddingSite):
             return self._sums_cost(self._tokens_per_sample() + other._tokens_per_sample())
         if isinstance(other, MatmulSite) and other.node.meta["val"].ndim == 2:
-            return self._gram_cost(hint(other.left.meta["val"].shape[-1]) / self._batch_size())
+            return self._gram_cost(hint(other.left.meta["val"].shape[-1]) / self.context.batch_size)
         return None
 
     def samples_product_cost(self) -> Cost:
         """Gather a row per token."""
-        return Cost(flops=0.0, bytes=8.0 * hint(self.scatter.gradients.meta["val"].numel()))
+        return self.context.device.move(8.0 * hint(self.scatter.gradients.meta["val"].numel()))
 
     def samples_product(self, samples: fx.Node) -> tuple[fx.Node, fx.Node]:
         """Emit Σ_t ⟨samples[token_t], g_t⟩."""
@@ -188,30 +191,30 @@ class EmbeddingSite(Site):
 
     def materialize_cost(self) -> Cost:
         """Clear, scatter into and read a table per sample."""
-        elements = self._batch_size() * hint(self.node.meta["val"].numel())
-        return Cost(flops=0.0, bytes=16.0 * elements)
+        kept = 4.0 * self.context.batch_size * hint(self.node.meta["val"].numel())
+        return self.context.device.move(kept, kept, kept, kept) + Cost(kept=kept)
 
     def ghost_cost(self) -> Cost:
         """Clear, add to and read a row per token."""
-        return self._sums_cost(self._tokens_per_sample())
+        kept = 4.0 * hint(self.scatter.gradients.meta["val"].numel())
+        return self._sums_cost(self._tokens_per_sample()) + Cost(kept=kept)
 
     def _sums_cost(self, tokens: float) -> Cost:
-        width = hint(self.node.meta["val"].shape[1])
-        return Cost(flops=0.0, bytes=36.0 * self._batch_size() * tokens * width)
+        rows = 4.0 * self.context.batch_size * tokens * hint(self.node.meta["val"].shape[1])
+        return self.context.device.move(2.0 * rows, 5.0 * rows, 2.0 * rows)
 
     def _gram_cost(self, others: float) -> Cost:
-        batch = self._batch_size()
+        device, gradients = self.context.device, self.scatter.gradients.meta["val"]
         width, tokens = hint(self.node.meta["val"].shape[1]), self._tokens_per_sample()
-        return Cost(
-            flops=2.0 * batch * tokens * others * width,
-            bytes=batch * (12.0 * tokens * others + 4.0 * (tokens + others) * width),
-        )
-
-    def _batch_size(self) -> int:
-        return hint(self.context.batch.meta["val"].shape[0])
+        batch = self.context.batch_size
+        written = 4.0 * batch * tokens * others
+        read = 4.0 * batch * (tokens + others) * width
+        flops = 2.0 * batch * tokens * others * width
+        product = device.multiply(flops, gram_dtype(gradients), read + written)
+        return product + device.move(2.0 * written)
 
     def _tokens_per_sample(self) -> float:
-        return hint(self.scatter.tokens.meta["val"].numel()) / self._batch_size()
+        return hint(self.scatter.tokens.meta["val"].numel()) / self.context.batch_size
 
     def _with_embedding(self, other: EmbeddingSite) -> tuple[fx.Node, fx.Node]:
         count = len(self._operands())

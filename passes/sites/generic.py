@@ -14,9 +14,10 @@ from flashnorm_compile._torch import size_expr
 from flashnorm_compile.kernels.release.reference import weighted_sum
 from flashnorm_compile.passes.batch_axis.call import same_axis
 from flashnorm_compile.passes.batch_axis.values import Batched, Value
+from flashnorm_compile.passes.cost import Cost
 from flashnorm_compile.passes.layout import SampleAxis
 from flashnorm_compile.passes.sample_map import run_mapped
-from flashnorm_compile.passes.sites.base import Context, Cost, Site, hint, numel
+from flashnorm_compile.passes.sites.base import Context, Site, numel
 
 aten = torch.ops.aten
 
@@ -74,9 +75,9 @@ class GenericSite(Site):
         )
 
     def materialize_cost(self) -> Cost:
-        """Write and read every per-sample gradient."""
-        batch = hint(self.context.batch.meta["val"].shape[0])
-        return Cost(flops=0.0, bytes=12.0 * batch * numel(self.node))
+        """Every per-sample gradient is written, and read twice."""
+        kept = 4.0 * self.context.batch_size * numel(self.node)
+        return self.context.device.move(kept, kept, kept) + Cost(kept=kept)
 
     def _run(self, *operands: torch.Tensor) -> torch.Tensor:
         values = dict(zip(self.operands, operands, strict=True))

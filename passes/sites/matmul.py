@@ -15,11 +15,18 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from flashnorm_compile._torch import hint
+from flashnorm_compile.passes.cost import Cost
 from flashnorm_compile.passes.emit import half_matmul
 from flashnorm_compile.passes.layout import SampleAxis, masked_scale
-from flashnorm_compile.passes.sites.base import Context, Cost, Site, hint, later
+from flashnorm_compile.passes.sites.base import Context, Site, later
 from flashnorm_compile.passes.sites.generic import contracted_axis
-from flashnorm_compile.passes.sites.rounding import Rounding, ghost_product, ghost_square
+from flashnorm_compile.passes.sites.rounding import (
+    Rounding,
+    ghost_product,
+    ghost_square,
+    gram_dtype,
+)
 
 aten = torch.ops.aten
 _OPERATIONS = {aten.mm.default, aten.bmm.default}
@@ -98,8 +105,8 @@ class MatmulSite(Site):
         plain = self.node.meta["val"].ndim == 2
         if not plain or not isinstance(other, MatmulSite) or other.node.meta["val"].ndim != 2:
             return None
-        first, second = self.ghost_cost(), other.ghost_cost()
-        return Cost((first.flops * second.flops) ** 0.5, (first.bytes * second.bytes) ** 0.5)
+        m, tokens, n = self._sizes()
+        return self._gram_cost(tokens, other._sizes()[1], m + n)
 
     def inner_product(
         self, other: Site, transposed: bool, other_transposed: bool
@@ -133,20 +140,47 @@ class MatmulSite(Site):
         )
 
     def materialize_cost(self) -> Cost:
-        """No extra FLOPs: the product over all samples is replaced by one per sample."""
-        return Cost(flops=0.0, bytes=3.0 * self._element_size() * self._gradient_elements())
+        """One product per sample in place of one over all; its result is read twice."""
+        m, tokens, n = self._sizes()
+        device, dtype, size = self.context.device, self.left.meta["val"].dtype, self._element_size()
+        batch, lead = self.context.batch_size, self._lead()
+        flops = 2.0 * batch * lead * tokens * m * n
+        operands = size * batch * lead * tokens * (m + n)
+        result = size * batch * lead * m * n
+        apart = device.multiply(flops, dtype, operands + result)
+        together = device.multiply(flops, dtype, operands + result / batch)
+        read = device.move(result, result)
+        return Cost(
+            seconds=max(apart.seconds - together.seconds, 0.0) + read.seconds,
+            bytes=result + read.bytes,
+            kept=result,
+        )
 
     def ghost_cost(self) -> Cost:
-        """Two Gram matrices, and the weighted operands written once more."""
-        batch = hint(self.context.batch.meta["val"].shape[0])
-        lead = self._gradient_elements() / batch
-        m, n = self._width(self.left, -2), self._width(self.right, -1)
-        tokens = hint(self.left.meta["val"].shape[-1]) / batch
-        copies = 2.0 * self._element_size() * batch * tokens * (m + n)
-        grams = 3.0 * 4.0 * batch * tokens**2
-        return Cost(
-            flops=2.0 * batch * tokens**2 * (m + n) * (lead / (m * n)), bytes=copies + grams
-        )
+        """Two Gram matrices, and both operands kept, and copied with weights."""
+        m, tokens, n = self._sizes()
+        kept = self._element_size() * self.context.batch_size * self._lead() * tokens * (m + n)
+        copies = self.context.device.move(2.0 * kept)
+        return self._gram_cost(tokens, tokens, m + n) + copies + Cost(kept=kept)
+
+    def _gram_cost(self, tokens: float, others: float, width: float) -> Cost:
+        """Two products [T, S] over rows of ``width`` in all, and a pass that reads them."""
+        device, left = self.context.device, self.left.meta["val"]
+        dtype = gram_dtype(left)
+        pairs = self.context.batch_size * self._lead() * tokens * others
+        written = 2.0 * (8.0 if dtype == torch.float64 else 4.0) * pairs
+        rows = self.context.batch_size * self._lead() * (tokens + others) * width
+        product = device.multiply(2.0 * pairs * width, dtype, left.element_size() * rows + written)
+        return product + device.move(written)
+
+    def _sizes(self) -> tuple[float, float, float]:
+        """Return m, the tokens of a sample, and n."""
+        tokens = hint(self.left.meta["val"].shape[-1]) / self.context.batch_size
+        return self._width(self.left, -2), tokens, self._width(self.right, -1)
+
+    def _lead(self) -> float:
+        """How many products are side by side."""
+        return hint(self.left.meta["val"].shape[0]) if self.left.meta["val"].ndim == 3 else 1.0
 
     def _emit(self, code: Callable[..., Any]) -> Any:
         """Emit code of both operands, the left one padded where that pays."""
@@ -211,9 +245,6 @@ class MatmulSite(Site):
 
     def _element_size(self) -> int:
         return self.left.meta["val"].element_size()
-
-    def _gradient_elements(self) -> float:
-        return hint(self.node.meta["val"].numel()) * hint(self.context.batch.meta["val"].shape[0])
 
 
 def sample_major(

@@ -8,8 +8,9 @@ import torch
 from torch import fx
 
 from flashnorm_compile.passes.batch_axis.values import Batched
+from flashnorm_compile.passes.cost import Cost
 from flashnorm_compile.passes.layout import SampleAxis, masked_scale
-from flashnorm_compile.passes.sites.base import Context, Cost, Site, hint, numel
+from flashnorm_compile.passes.sites.base import Context, Site, numel
 
 aten = torch.ops.aten
 
@@ -77,9 +78,9 @@ class ReductionSite(Site):
         return self.context.emit(code, self.operand, weights, before=before, like=self.node)
 
     def materialize_cost(self) -> Cost:
-        """One more read of what is kept."""
-        batch = hint(self.context.batch.meta["val"].shape[0])
-        return Cost(flops=0.0, bytes=8.0 * batch * numel(self.node))
+        """What is kept is written, and read twice."""
+        kept = 4.0 * self.context.batch_size * numel(self.node)
+        return self.context.device.move(kept, kept, kept) + Cost(kept=kept)
 
 
 def _wide_sum(x: torch.Tensor, dims: list[int], keepdim: bool) -> torch.Tensor:

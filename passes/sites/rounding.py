@@ -138,9 +138,14 @@ def gram(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return torch.matmul(left.double(), right.double())
 
 
+def gram_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype of the operands that ``gram`` multiplies."""
+    return x.dtype if x.is_cuda and x.dtype in HALF else torch.float64
+
+
 def gram_operand(x: torch.Tensor) -> torch.Tensor:
     """What ``gram`` reads of x: one copy for the product with its own transpose, not two."""
-    return x if x.is_cuda and x.dtype in HALF else x.double()
+    return x.to(gram_dtype(x))
 
 
 def gram_error(product: torch.Tensor, length: int | torch.SymInt) -> float:

@@ -1,0 +1,152 @@
+"""Matrix products over samples, by kernels of this package: no copies, and no T×T in memory."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from flashnorm_compile._torch import hint
+from flashnorm_compile.kernels.flash_norm import flash_norm, materialize_norm
+from flashnorm_compile.kernels.ghost_norm import ghost_norm
+from flashnorm_compile.kernels.weighted_gradient import weighted_gradient
+from flashnorm_compile.passes.cost import Cost
+from flashnorm_compile.passes.sites.base import Context
+from flashnorm_compile.passes.sites.generic import contracted_axis
+from flashnorm_compile.passes.sites.matmul import MatmulSite, sample_major
+from flashnorm_compile.passes.sites.rounding import HALF, Rounding, gram_error
+
+aten = torch.ops.aten
+# On a GPU. A kernel takes this many tokens of a sample at once; of fewer, most of it is idle.
+MIN_TOKENS = 32
+
+
+class FusedMatmulSite(MatmulSite):
+    """``mm`` whose contracted dim holds some tokens of each sample."""
+
+    kind: ClassVar[str] = "matmul"
+
+    @classmethod
+    def match(cls, node: fx.Node, context: Context) -> FusedMatmulSite | None:
+        """Recognise the site where kernels are asked for, and fast."""
+        if not context.fused or node.target is not aten.mm.default:
+            return None
+        if contracted_axis(node, context) is None:
+            return None
+        left = node.args[0].meta["val"]
+        tokens = hint(left.shape[-1]) // context.batch_size
+        if left.is_cuda:
+            suits = left.dtype in HALF and tokens >= MIN_TOKENS
+        else:
+            suits = left.dtype != torch.float64 and tokens > 1
+        return cls(node, context) if suits else None
+
+    def measured(self) -> tuple[fx.Node, fx.Node]:
+        """Emit [B, m, n] and the norms of what is stored."""
+        rows, padded = self.node.meta["val"].shape[-2], self.padded is not None
+        axes = self.left_axis, self.right_axis
+
+        def code(
+            left: torch.Tensor, right: torch.Tensor, batch: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            left, right = sample_major(axes, left, right, batch.shape[0])
+            samples, squares = materialize_norm(left, right, left.dtype)
+            return samples.narrow(-2, 0, rows) if padded else samples, squares
+
+        return self._emit(code)  # type: ignore[no-any-return]
+
+    def weighted(self, weights: fx.Node, before: fx.Node) -> fx.Node:
+        """Emit Σ_i c_i L_i R_i, weighed after each sample's product."""
+        rows, padded = self.node.meta["val"].shape[-2], self.padded is not None
+        axes = self.left_axis, self.right_axis
+
+        def code(left: torch.Tensor, right: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            left, right = sample_major(axes, left, right, weights.shape[0])
+            total = weighted_gradient(left, right, weights)
+            return total.narrow(-2, 0, rows) if padded else total
+
+        left = self.padded or self.left
+        return self.context.emit(code, left, self.right, weights, before=before, like=self.node)
+
+    @property
+    def rounding(self) -> Rounding:
+        """The rounding of ``weighted``: operands enter it as they are."""
+        value = self.left.meta["val"]
+        return Rounding.of_scatter(value) if value.dtype in HALF else Rounding.of_matmul(value)
+
+    def ghost(self) -> tuple[fx.Node, fx.Node]:
+        """Emit squared norms by Gram matrices of which only tiles are ever there."""
+        axes, rounding = (self.left_axis, self.right_axis), self.rounding
+
+        def code(
+            left: torch.Tensor, right: torch.Tensor, batch: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            left, right = sample_major(axes, left, right, batch.shape[0])
+            by_left, by_right = (
+                gram_error(left.new_empty(0, dtype=torch.float32), length)
+                for length in (left.shape[1], right.shape[2])
+            )
+            square, spread, lefts, rights = ghost_norm(left, right, by_left, by_right).unbind(0)
+            slack = rounding.spread_slack(spread, left.shape[2])
+            return square, slack + by_left * lefts + by_right * rights
+
+        return self._emit(code)  # type: ignore[no-any-return]
+
+    def flash(self) -> tuple[fx.Node, fx.Node]:
+        """Emit squared norms of products of which only tiles are ever there.
+
+        Their slack takes the spread to be what it can be at most, ‖L_i‖‖R_i‖: the sum that is
+        squared rounds as the one that is released, and both errors are relative to it.
+        """
+        axes, rounding = (self.left_axis, self.right_axis), self.rounding
+
+        def code(
+            left: torch.Tensor, right: torch.Tensor, batch: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            left, right = sample_major(axes, left, right, batch.shape[0])
+            squares, _ = flash_norm(left, right)
+            spread = 2 * (_squares(left) * _squares(right)).sqrt()
+            return squares, rounding.spread_slack(spread, left.shape[2])
+
+        return self._emit(code)  # type: ignore[no-any-return]
+
+    def materialize_cost(self) -> Cost:
+        """Each sample's product is written, and read once."""
+        m, tokens, n = self._sizes()
+        device, dtype, size = self.context.device, self.left.meta["val"].dtype, self._element_size()
+        batch = self.context.batch_size
+        flops, result = 2.0 * batch * tokens * m * n, size * batch * m * n
+        operands = size * batch * tokens * (m + n)
+        apart = device.multiply(flops, dtype, operands + result)
+        together = device.multiply(flops, dtype, operands)
+        read = device.move(result)
+        return Cost(
+            seconds=apart.seconds - together.seconds + read.seconds,
+            bytes=result + read.bytes,
+            kept=result,
+        )
+
+    def ghost_cost(self) -> Cost:
+        """Half of two Gram matrices, and both operands kept."""
+        m, tokens, n = self._sizes()
+        rows = self.context.batch_size * tokens * (m + n)
+        size = self._element_size()
+        product = self._once(rows * (tokens + MIN_TOKENS), size * rows)
+        return product + Cost(kept=size * rows)
+
+    def flash_cost(self) -> Cost:
+        """Each sample's product once more, norms of the operands, and both of them kept."""
+        m, tokens, n = self._sizes()
+        batch, size = self.context.batch_size, self._element_size()
+        kept = size * batch * tokens * (m + n)
+        product = self._once(2.0 * batch * tokens * m * n, kept)
+        return product + self.context.device.move(kept) + Cost(kept=kept)
+
+    def _once(self, flops: float, moved: float) -> Cost:
+        return self.context.device.multiply(flops, self.left.meta["val"].dtype, moved)
+
+
+def _squares(x: torch.Tensor) -> torch.Tensor:
+    """‖x_i‖² in float32, rather above than below."""
+    return x.float().square().sum((1, 2)) * (1 + 2.0**-12)
