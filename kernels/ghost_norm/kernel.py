@@ -1,0 +1,306 @@
+"""Sums over two Gram matrices on CUDA devices, in Triton: the matrices are never written.
+
+A program goes from tile to tile. It makes the same tile of both matrices in registers, one after
+the other, multiplies them entry by entry, and writes a few numbers.
+
+Of one matrix of products of all rows with each other (SYMMETRIC), a tile off the diagonal stands
+for its mirror image too, and one on the diagonal reads its rows once for both operands. Tiles off
+the diagonal need the norms of their rows, which lie on it. To square what a tile reads, beside the
+tensor cores, would double the traffic of shared memory, of which they need three quarters. To read
+all operands in a kernel before takes as long as the products of 256 tokens. To make the diagonal
+in a launch before reads the operands of 256 tokens twice, and to read them once takes as long as
+to multiply them. So a sample's tiles are taken in turn, those on the diagonal first, and the others
+wait for them once their own products are made, which is when the diagonal's are. A program only
+waits for items that were taken before its own: whichever programs run at once, one goes on.
+"""
+
+# Triton gives kernel arguments their types.
+# mypy: allow-untyped-defs
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .gram import describe, grams
+from .reference import FLOOR
+
+_FLOOR: tl.constexpr = tl.constexpr(FLOOR)
+# Tiles whose sums are added up at once.
+_CHUNK: tl.constexpr = tl.constexpr(64)
+
+
+# What varies with the batch size is compiled for no particular integers or alignment: in a layout
+# [T, B, d] the strides of rows do, too.
+@triton.jit(
+    do_not_specialize=[
+        "left_norms_ptr", "right_norms_ptr", "left2_norms_ptr", "right2_norms_ptr",
+        "out_ptr", "partials_ptr", "parts_ptr", "counters_ptr",
+        "samples", "whole", "splits",
+        "left_sample", "right_sample", "left2_sample", "right2_sample",
+        "left_outer", "right_outer", "left2_outer", "right2_outer",
+    ]
+)  # fmt: skip
+def sums_kernel(
+    left_ptr,
+    right_ptr,
+    left2_ptr,
+    right2_ptr,
+    left_norms_ptr,
+    right_norms_ptr,
+    left2_norms_ptr,
+    right2_norms_ptr,
+    out_ptr,
+    partials_ptr,
+    parts_ptr,
+    counters_ptr,
+    samples,
+    T,
+    S,
+    m,
+    n,
+    left_sample: tl.int64,
+    left_outer: tl.int64,
+    right_sample: tl.int64,
+    right_outer: tl.int64,
+    left2_sample: tl.int64,
+    left2_outer: tl.int64,
+    right2_sample: tl.int64,
+    right2_outer: tl.int64,
+    left_factor,
+    right_factor,
+    whole,
+    splits,
+    LAYOUTS: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    ONE: tl.constexpr,
+    TMA: tl.constexpr,
+    UPCAST: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Find the sums of `op.ghost_norm` (SYMMETRIC) or `op.ghost_product`.
+
+    Args:
+        left_ptr: rows [B, T, m], 16-bit; see ``LAYOUTS``.
+        right_ptr: rows [B, T, n].
+        left2_ptr: rows [B, S, m]; for SYMMETRIC, left.
+        right2_ptr: rows [B, S, n]; for SYMMETRIC, right.
+        left_norms_ptr: float32 [B, T]; for SYMMETRIC, written here, and none of those below read.
+        right_norms_ptr: float32 [B, T].
+        left2_norms_ptr: float32 [B, S].
+        right2_norms_ptr: float32 [B, S].
+        out_ptr: float32 [sums, B].
+        partials_ptr: float32 [B, tiles, 4], unless ONE.
+        parts_ptr: float32 [split tiles, splits, 2, TILE, TILE].
+        counters_ptr: int32 zeros, unless ONE and there are no split tiles: of each sample, tiles of
+            the diagonal whose norms are written; of each sample, tiles that are done; items that
+            are taken; of each split tile, parts that are written.
+        samples: B.
+        T: rows of left and right.
+        S: rows of left2 and right2.
+        m: width of the rows of left and left2.
+        n: width of the rows of right and right2.
+        left_sample: stride of samples; so are those of the other operands.
+        left_outer: stride of rows or, if rows lie side by side, of places in them.
+        right_sample: see left_sample.
+        right_outer: see left_outer.
+        left2_sample: see left_sample.
+        left2_outer: see left_outer.
+        right2_sample: see left_sample.
+        right2_outer: see left_outer.
+        left_factor: what squares of left's norms are multiplied with, for SYMMETRIC.
+        right_factor: the same for right.
+        whole: the first so many tiles of all samples are each made by one program.
+        splits: others are made in so many parts, each of a part of their rows.
+        LAYOUTS: of the four operands, whether rows are contiguous.
+        SYMMETRIC: whether there is one site or two.
+        ONE: whether a sample has one tile.
+        TMA: whether to read by tensor descriptors; else by pointers.
+        UPCAST: whether to multiply in float32 (the interpreter cannot multiply bfloat16).
+        TILE: rows and columns of a tile.
+        BLOCK: places of rows that are multiplied at once.
+    """
+    left = describe(
+        left_ptr, samples, T, m, left_sample, left_outer, LAYOUTS[0], TMA, TILE, BLOCK
+    )
+    right = describe(
+        right_ptr, samples, T, n, right_sample, right_outer, LAYOUTS[1], TMA, TILE, BLOCK
+    )
+    blocks, blocks2 = tl.cdiv(T, TILE), tl.cdiv(S, TILE)
+    if SYMMETRIC:
+        left2, right2 = left, right
+        tiles = blocks * (blocks + 1) // 2
+    else:
+        left2 = describe(
+            left2_ptr, samples, S, m, left2_sample, left2_outer, LAYOUTS[2], TMA, TILE, BLOCK
+        )
+        right2 = describe(
+            right2_ptr, samples, S, n, right2_sample, right2_outer, LAYOUTS[3], TMA, TILE, BLOCK
+        )
+        tiles = blocks * blocks2
+    operands = (left, right, left2, right2)
+    norms = (left_norms_ptr, right_norms_ptr, left2_norms_ptr, right2_norms_ptr)
+    written = (out_ptr, partials_ptr, parts_ptr, counters_ptr)
+    sizes = (samples, T, S, m, n, blocks, tiles)
+    factors = (left_factor, right_factor)
+
+    items = whole + (samples * tiles - whole) * splits
+    # What moves out of this loop would stay in registers, of which there are none left.
+    for turn in tl.range(tl.program_id(0), items, tl.num_programs(0), disable_licm=True):
+        item = turn
+        if SYMMETRIC and not ONE:
+            # Items are taken in order: somebody is at work on those that this one waits for.
+            item = tl.atomic_add(counters_ptr + 2 * samples, 1)
+        tile = tl.minimum(item, whole) + tl.maximum(item - whole, 0) // splits
+        place = tile % tiles
+        if SYMMETRIC:
+            # All pairs: (0, 0), (1, 1), ..., (0, 1), (1, 2), ..., (last, 0), (0, 2), ...
+            i = place % blocks
+            j = (i + place // blocks) % blocks
+        else:
+            i, j = place // blocks2, place % blocks2
+        where = (tile, tile // tiles, i, j)
+        # Branches end with numbers: if they left their sums to common code, these would be moved,
+        # and each product would wait for the one before it.
+        if item >= whole:
+            _part(
+                operands, norms, written, sizes, factors, where,
+                tile - whole, (item - whole) % splits, splits,
+                LAYOUTS, SYMMETRIC, ONE, TMA, UPCAST, TILE, BLOCK,
+            )  # fmt: skip
+        elif SYMMETRIC and (ONE or i == j):
+            a, g = grams(operands, sizes, where, 0, 1, LAYOUTS, True, TMA, UPCAST, TILE, BLOCK)
+            _sums(a, g, norms, written, sizes, factors, where, SYMMETRIC, ONE, TILE)
+        else:
+            a, g = grams(operands, sizes, where, 0, 1, LAYOUTS, False, TMA, UPCAST, TILE, BLOCK)
+            _sums(a, g, norms, written, sizes, factors, where, SYMMETRIC, ONE, TILE)
+
+
+@triton.jit
+def _part(
+    operands,
+    norms,
+    written,
+    sizes,
+    factors,
+    where,
+    split_tile,
+    part,
+    parts,
+    LAYOUTS: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    ONE: tl.constexpr,
+    TMA: tl.constexpr,
+    UPCAST: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Make a part of a tile; whoever is last adds up all parts, in order."""
+    a, g = grams(
+        operands, sizes, where, part, parts, LAYOUTS, SYMMETRIC and ONE, TMA, UPCAST, TILE, BLOCK
+    )
+    SIZE: tl.constexpr = TILE * TILE
+    entry = tl.arange(0, TILE)[:, None] * TILE + tl.arange(0, TILE)[None, :]
+    parts_ptr = written[2] + split_tile.to(tl.int64) * parts * (2 * SIZE) + entry
+    tl.store(parts_ptr + part * (2 * SIZE), a)
+    tl.store(parts_ptr + part * (2 * SIZE) + SIZE, g)
+    if _signal(written[3] + 2 * sizes[0] + 1 + split_tile) == parts - 1:
+        a, g = tl.zeros((TILE, TILE), tl.float32), tl.zeros((TILE, TILE), tl.float32)
+        for other in range(parts):
+            a += tl.load(parts_ptr + other * (2 * SIZE), cache_modifier=".cg")
+            g += tl.load(parts_ptr + other * (2 * SIZE) + SIZE, cache_modifier=".cg")
+        _sums(a, g, norms, written, sizes, factors, where, SYMMETRIC, ONE, TILE)
+
+
+@triton.jit
+def _sums(
+    a,
+    g,
+    norms,
+    written,
+    sizes,
+    factors,
+    where,
+    SYMMETRIC: tl.constexpr,
+    ONE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Write the sums over a tile; for the sample's last tile, over all of them."""
+    samples, T, S, _, _, blocks, tiles = sizes
+    out_ptr, partials_ptr, _, counters_ptr = written
+    tile, sample, i, j = where
+    rows, columns = i * TILE + tl.arange(0, TILE), j * TILE + tl.arange(0, TILE)
+    row, column = sample.to(tl.int64) * T + rows, sample.to(tl.int64) * S + columns
+    spread = 0.0
+    times = 1.0
+    if SYMMETRIC:
+        if i == j:
+            same = rows[:, None] == columns[None, :]
+            left = tl.sqrt(tl.sum(tl.where(same, a, 0.0), 1) * factors[0] + _FLOOR)
+            right = tl.sqrt(tl.sum(tl.where(same, g, 0.0), 1) * factors[1] + _FLOOR)
+            tl.store(norms[0] + row, left, mask=rows < T)
+            tl.store(norms[1] + row, right, mask=rows < T)
+            spread = tl.sum(tl.where(rows < T, left * right, 0.0))
+            if ONE:
+                tl.debug_barrier()
+            else:
+                _signal(counters_ptr + sample)
+        else:
+            _wait(counters_ptr + sample, blocks)
+            times = 2.0
+    left = tl.load(norms[0] + row, mask=rows < T, other=0.0, cache_modifier=".cg")
+    right = tl.load(norms[1] + row, mask=rows < T, other=0.0, cache_modifier=".cg")
+    left2 = tl.load(norms[2] + column, mask=columns < S, other=0.0, cache_modifier=".cg")
+    right2 = tl.load(norms[3] + column, mask=columns < S, other=0.0, cache_modifier=".cg")
+    # Over columns first: fewer numbers are added up one after the other.
+    product = tl.sum(tl.sum(a * g, 1)) * times
+    by_left = tl.sum(tl.sum(tl.abs(g) * left2[None, :], 1) * left) * times
+    by_right = tl.sum(tl.sum(tl.abs(a) * right2[None, :], 1) * right) * times
+    if ONE:
+        _store(out_ptr + sample, samples, product, spread, by_left, by_right, SYMMETRIC)
+    else:
+        first_ptr = partials_ptr + sample.to(tl.int64) * tiles * 4
+        partial_ptr = partials_ptr + tile.to(tl.int64) * 4
+        _store(partial_ptr, 1, product, spread, by_left, by_right, SYMMETRIC)
+        if _signal(counters_ptr + samples + sample) == tiles - 1:
+            _add_up(first_ptr, tiles, out_ptr + sample, samples, SYMMETRIC)
+
+
+@triton.jit
+def _store(ptr, step, product, spread, by_left, by_right, SYMMETRIC: tl.constexpr):
+    tl.store(ptr, product)
+    if SYMMETRIC:
+        tl.store(ptr + step, spread)
+        ptr += step
+    tl.store(ptr + step, by_left)
+    tl.store(ptr + 2 * step, by_right)
+
+
+@triton.jit
+def _add_up(partials_ptr, tiles, out_ptr, step, SYMMETRIC: tl.constexpr):
+    """Add up a sample's tiles in order, in float64: there may be very many."""
+    place = tl.arange(0, 4)
+    total = tl.zeros((4,), tl.float64)
+    for first in range(0, tiles, _CHUNK):
+        tile = first + tl.arange(0, _CHUNK)[:, None]
+        inside = (tile < tiles) & (place < (4 if SYMMETRIC else 3))[None, :]
+        partials = tl.load(
+            partials_ptr + tile * 4 + place[None, :], mask=inside, other=0.0, cache_modifier=".cg"
+        )
+        total += tl.sum(partials.to(tl.float64), 0)
+    tl.store(out_ptr + place * step, total.to(tl.float32), mask=place < (4 if SYMMETRIC else 3))
+
+
+@triton.jit
+def _signal(counter_ptr):
+    """Count one more, after all that the program has written; return the count before."""
+    tl.debug_barrier()
+    return tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
+
+
+@triton.jit
+def _wait(counter_ptr, count):
+    """Wait for a count; what was written before it can be read then, past the L1 cache."""
+    while tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu") < count:
+        pass

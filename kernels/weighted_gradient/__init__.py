@@ -1,0 +1,5 @@
+"""The weighted gradient: the sum over samples of weighted products, weights exact."""
+
+from .op import weighted_gradient
+
+__all__ = ["weighted_gradient"]

@@ -1,0 +1,117 @@
+"""Sites that use the kernels of this package: the oracle's gradients, with every strategy."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from driver import Case, check_case, clip, private_step, read_result, run_oracle
+from oracle import assert_matches_oracle
+from torch import nn
+from zoo_attention import ATTENTION
+from zoo_dense import DENSE
+from zoo_sharing import SHARING
+
+STRATEGIES = ("materialize", "ghost", "flash")
+CASES = {
+    **{name: DENSE[name] for name in ("mlp_time_axis", "mlp_five_dims", "time_first", "batch_last",
+                                      "transposed_inside")},
+    "encoder_layer": ATTENTION["encoder_layer"],
+    **{name: SHARING[name] for name in ("tied_head", "linear_twice_time_axis", "overlapping_slices",
+                                        "weight_and_its_transpose_time")},
+}  # fmt: skip
+
+
+def linear_case(dtype: torch.dtype = torch.float32, precision: str = "float32") -> Case:
+    return Case(
+        f"linear-{dtype}",
+        lambda: nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 3)).to(dtype),
+        lambda b: (torch.randn(b, 7, 6, dtype=dtype),),
+        lambda model, x: model(x).float().square().mean(),
+        precision=precision,
+    )
+
+
+def strategies_of_weights(plan) -> set[str]:
+    return {row.strategy for row in plan.rows if row.sites == ("matmul",)}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("name", CASES)
+def test_matches_oracle(name, strategy):
+    check_case(CASES[name], strategy, kernels="fused")
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_layers_over_tokens_get_the_strategy_that_is_asked_for(strategy):
+    plan = check_case(linear_case(), strategy, kernels="fused")
+    assert strategies_of_weights(plan) == {strategy}
+
+
+def operations_of(step) -> set[str]:
+    return {
+        name
+        for name in ("materialize_norm", "ghost_norm", "flash_norm", "weighted_gradient")
+        if f"flashnorm.{name}.default" in step.graphs[-1]
+    }
+
+
+@pytest.mark.parametrize(
+    ("strategy", "kernels", "operations"),
+    [
+        ("materialize", "fused", {"materialize_norm"}),
+        ("ghost", "fused", {"ghost_norm", "weighted_gradient"}),
+        ("flash", "fused", {"flash_norm", "weighted_gradient"}),
+        # There is no flash norm without the kernel.
+        ("flash", "library", {"flash_norm", "weighted_gradient"}),
+        ("ghost", "library", set()),
+        ("materialize", "library", set()),
+    ],
+)
+def test_kernels_are_used_where_they_are_asked_for(strategy, kernels, operations):
+    case = linear_case()
+    step = private_step(case.loss, strategy=strategy, kernels=kernels)
+    step(case.build_model(), *case.build_batch())
+    assert operations_of(step) == operations
+
+
+def test_one_token_per_sample_needs_no_kernel():
+    case = linear_case()
+    step = private_step(case.loss, strategy="ghost", kernels="fused")
+    step(case.build_model(), torch.randn(4, 6))
+    assert operations_of(step) == set()
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_half_precision(strategy):
+    check_case(linear_case(torch.bfloat16, "bfloat16"), strategy, kernels="fused")
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_sample_that_is_not_finite_is_left_out(strategy, value):
+    case = linear_case()
+    (x,) = case.build_batch()
+    x[1, 2, 3] = value
+    model, step = case.build_model(), private_step(case.loss, strategy=strategy, kernels="fused")
+    result = read_result(step, model, step(model, x))
+    expected = clip(run_oracle(case, (x,)), 1.0, "mean")
+    assert result.nonfinite_samples == 1
+    assert_matches_oracle(
+        expected, norms=result.norms, factors=result.factors, grads=result.grads
+    )
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_matches_oracle_with_inductor(strategy):
+    check_case(CASES["time_first"], strategy, lowering="inductor", kernels="fused")
+
+
+@pytest.mark.parametrize("strategy", ["ghost", "flash"])
+def test_batches_of_other_sizes_need_no_other_graph(strategy):
+    case = linear_case()
+    step = private_step(case.loss, strategy=strategy, kernels="fused")
+    model = case.build_model()
+    for size in (4, 3, 9):
+        step(model, torch.randn(size, 7, 6))
+    assert len(step.graphs) == 1
