@@ -8,6 +8,7 @@ from driver import Case, check_case, clip, private_step, read_result, run_oracle
 from oracle import assert_matches_oracle
 from torch import nn
 from zoo_attention import ATTENTION
+from zoo_conv import CONV
 from zoo_dense import DENSE
 from zoo_sharing import SHARING
 
@@ -19,6 +20,9 @@ CASES = {
     **{name: SHARING[name] for name in ("tied_head", "linear_twice_time_axis", "overlapping_slices",
                                         "weight_and_its_transpose_time")},
 }  # fmt: skip
+CONVOLUTIONS = [
+    name for name in CONV if name.startswith(("conv2d", "conv_transpose2d", "residual_block"))
+]
 
 
 def linear_case(dtype: torch.dtype = torch.float32, precision: str = "float32") -> Case:
@@ -41,6 +45,14 @@ def test_matches_oracle(name, strategy):
     check_case(CASES[name], strategy, kernels="fused")
 
 
+@pytest.mark.parametrize("strategy", ["materialize", "flash"])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolutions_match_the_oracle(name, strategy):
+    plan = check_case(CONV[name], strategy, kernels="fused")
+    weights = [row for row in plan.rows if row.sites == ("convolution",)]
+    assert {row.strategy for row in weights} == {strategy}
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_layers_over_tokens_get_the_strategy_that_is_asked_for(strategy):
     plan = check_case(linear_case(), strategy, kernels="fused")
@@ -50,7 +62,8 @@ def test_layers_over_tokens_get_the_strategy_that_is_asked_for(strategy):
 def operations_of(step) -> set[str]:
     return {
         name
-        for name in ("materialize_norm", "ghost_norm", "flash_norm", "weighted_gradient")
+        for name in ("materialize_norm", "ghost_norm", "flash_norm", "weighted_gradient",
+                     "convolution_samples", "convolution_norm", "convolution_weighted")
         if f"flashnorm.{name}.default" in step.graphs[-1]
     }
 
@@ -71,6 +84,22 @@ def test_kernels_are_used_where_they_are_asked_for(strategy, kernels, operations
     case = linear_case()
     step = private_step(case.loss, strategy=strategy, kernels=kernels)
     step(case.build_model(), *case.build_batch())
+    assert operations_of(step) == operations
+
+
+@pytest.mark.parametrize(
+    ("strategy", "operations"),
+    [
+        ("materialize", {"convolution_samples"}),
+        ("flash", {"convolution_norm", "convolution_weighted"}),
+        ("ghost", {"convolution_weighted"}),
+    ],
+)
+def test_kernels_of_convolutions(strategy, operations):
+    case = CONV["conv2d_no_bias"]
+    model = nn.Sequential(nn.Conv2d(4, 6, 3, bias=False), nn.Tanh())
+    step = private_step(case.loss, strategy=strategy, kernels="fused")
+    step(model, *case.build_batch())
     assert operations_of(step) == operations
 
 

@@ -7,6 +7,7 @@ from torch import fx
 from flashnorm_compile.passes.sites.base import Context, Site
 from flashnorm_compile.passes.sites.convolution import ConvolutionBiasSite, ConvolutionSite
 from flashnorm_compile.passes.sites.embedding import EmbeddingSite
+from flashnorm_compile.passes.sites.fused_convolution import FusedConvolutionSite
 from flashnorm_compile.passes.sites.fused_matmul import FusedMatmulSite
 from flashnorm_compile.passes.sites.generic import GenericSite
 from flashnorm_compile.passes.sites.matmul import MatmulSite
@@ -17,6 +18,7 @@ KINDS = (
     MatmulSite,
     ReductionSite,
     EmbeddingSite,
+    FusedConvolutionSite,
     ConvolutionSite,
     ConvolutionBiasSite,
     GenericSite,

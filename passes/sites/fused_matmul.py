@@ -15,7 +15,7 @@ from flashnorm_compile.passes.cost import Cost
 from flashnorm_compile.passes.sites.base import Context
 from flashnorm_compile.passes.sites.generic import contracted_axis
 from flashnorm_compile.passes.sites.matmul import MatmulSite, sample_major
-from flashnorm_compile.passes.sites.rounding import HALF, Rounding, gram_error
+from flashnorm_compile.passes.sites.rounding import HALF, Rounding, gram_error, squares_above
 
 aten = torch.ops.aten
 # On a GPU. A kernel takes this many tokens of a sample at once; of fewer, most of it is idle.
@@ -106,7 +106,7 @@ class FusedMatmulSite(MatmulSite):
         ) -> tuple[torch.Tensor, torch.Tensor]:
             left, right = sample_major(axes, left, right, batch.shape[0])
             squares, _ = flash_norm(left, right)
-            spread = 2 * (_squares(left) * _squares(right)).sqrt()
+            spread = 2 * (squares_above(left) * squares_above(right)).sqrt()
             return squares, rounding.spread_slack(spread, left.shape[2])
 
         return self._emit(code)  # type: ignore[no-any-return]
@@ -145,8 +145,3 @@ class FusedMatmulSite(MatmulSite):
 
     def _once(self, flops: float, moved: float) -> Cost:
         return self.context.device.multiply(flops, self.left.meta["val"].dtype, moved)
-
-
-def _squares(x: torch.Tensor) -> torch.Tensor:
-    """‖x_i‖² in float32, rather above than below."""
-    return x.float().square().sum((1, 2)) * (1 + 2.0**-12)

@@ -131,6 +131,11 @@ def row_norms(x: torch.Tensor, dim: int) -> torch.Tensor:
     return (wide.square().sum(dim) + _FLOOR).sqrt()
 
 
+def squares_above(x: torch.Tensor) -> torch.Tensor:
+    """Squared norms [B] of x [B, ...] in float32, rather above than below."""
+    return x.float().square().reshape(x.shape[0], -1).sum(1) * (1 + 2.0**-12) + _FLOOR
+
+
 def gram(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """[..., T, d] x [..., d, S]: float32 from half precision on a GPU, else float64."""
     if left.is_cuda and left.dtype in HALF and left.dtype == right.dtype:

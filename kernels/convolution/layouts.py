@@ -1,0 +1,191 @@
+"""How operands are laid out for `boxes.boxes_kernel`: channels side by side, in 16-byte pieces."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+import triton
+from torch import Tensor
+
+from flashnorm_compile.kernels.convolution.transpose import (
+    BLOCK,
+    REORDER_BLOCK,
+    reorder_kernel,
+    transpose_kernel,
+)
+
+# Fewer channels in a group would leave most of a box empty.
+LEAST_CHANNELS = 8
+
+Pair = tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """Of a convolution, for rows and columns."""
+
+    kernel: Pair
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+    groups: int
+
+    @classmethod
+    def of(
+        cls,
+        kernel_size: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+    ) -> Geometry:
+        """Take the arguments of the ops."""
+        pairs = ((int(a), int(b)) for a, b in (kernel_size, stride, padding, dilation))
+        return cls(*pairs, groups=groups)
+
+    def constants(self) -> dict[str, int]:
+        """Return what both kernels are compiled for."""
+        pairs = {
+            "KERNEL": self.kernel,
+            "STRIDE": self.stride,
+            "PADDING": self.padding,
+            "DILATION": self.dilation,
+        }
+        sizes = {f"{name}_{d}": pair[i] for name, pair in pairs.items() for i, d in enumerate("HW")}
+        return sizes | {"GROUPS": self.groups}
+
+
+@dataclasses.dataclass(frozen=True)
+class Operands:
+    """A convolution's weight gradient, perhaps as that of another convolution.
+
+    Attributes:
+        gradient: [B, O, Ho, Wo].
+        input: [B, C, H, W].
+        geometry: of the convolution.
+        boxes: whether both are as `boxes.boxes_kernel` reads them.
+        window: for a weight [O, rows, 1, elements of a row · padded channels]: both numbers, and
+            how many of the channels there are.
+    """
+
+    gradient: Tensor
+    input: Tensor
+    geometry: Geometry
+    boxes: bool
+    window: tuple[int, int, int] | None = None
+
+    def weight_shape(self) -> tuple[int, int, int, int]:
+        """Return the shape that kernels write a weight in: channels of the input come last."""
+        height, width = self.geometry.kernel
+        return self.gradient.shape[1], height, width, self.input.shape[1] // self.geometry.groups
+
+    def restore(self, weights: Tensor) -> Tensor:
+        """Turn [B, *weight_shape] into the weights that were asked for, row-major."""
+        if self.window is not None:
+            width, padded, channels = self.window
+            weights = weights.squeeze(-2).unflatten(-1, (width, padded))[..., :channels]
+        if weights[0, 0].numel() == weights.shape[-1]:
+            return weights.movedim(-1, -3)
+        if not weights.is_contiguous():
+            return weights.movedim(-1, -3).contiguous()
+        samples, outer, height, width, inner = weights.shape
+        out = weights.new_empty(samples, outer, inner, height, width)
+        size = out[0].numel()
+        reorder_kernel[(samples * triton.cdiv(size, REORDER_BLOCK),)](
+            weights, out, size, KERNEL=height * width, INNER=inner, BLOCK=REORDER_BLOCK
+        )
+        return out
+
+
+def arrange(gradient: Tensor, input: Tensor, geometry: Geometry) -> Operands:
+    """Return the operands as they are best read; they are copied if need be."""
+    vector = 16 // gradient.element_size()
+    outer, inner = gradient.shape[1] // geometry.groups, input.shape[1] // geometry.groups
+    if outer % vector == 0 and inner % vector == 0 and min(outer, inner) >= LEAST_CHANNELS:
+        gradient, input = _flat(_readable(gradient), _readable(input), geometry)
+        return Operands(gradient, input, geometry, boxes=True)
+    if outer % vector == 0 and geometry.groups == 1 and geometry.dilation[1] == 1:
+        return _windows(_readable(gradient), input, geometry, vector)
+    return Operands(gradient, input, geometry, boxes=False)
+
+
+def box_strides(x: Tensor) -> tuple[int, int, int]:
+    """Return the strides of samples, rows and columns; some that serve where the size is 1."""
+    _, channels, height, width = x.shape
+    sample, _, row, column = x.stride()
+    column = channels if width == 1 else column
+    row = column * width if height == 1 else row
+    return row * height if x.shape[0] == 1 else sample, row, column
+
+
+def is_linear(x: Tensor) -> bool:
+    """Whether positions follow one another at one distance."""
+    _, row, column = box_strides(x)
+    return row == column * x.shape[3]
+
+
+def _readable(x: Tensor) -> Tensor:
+    """Return x, or a copy of it: channels side by side, all else at multiples of 16 bytes."""
+    readable = x.stride(1) == 1 and x.data_ptr() % 16 == 0
+    for stride in box_strides(x):
+        readable = readable and stride > 0 and stride * x.element_size() % 16 == 0
+    return x if readable else _channels_last(x)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """Return a copy whose channels lie side by side."""
+    if x.stride(3) != 1 or x.stride(2) != x.shape[3]:
+        return x.clone(memory_format=torch.channels_last)
+    # PyTorch's own copy takes three times as long.
+    samples, channels, height, width = x.shape
+    out = torch.empty_like(x, memory_format=torch.channels_last)
+    tiles = triton.cdiv(channels, BLOCK) * triton.cdiv(height * width, BLOCK)
+    transpose_kernel[(samples * tiles,)](
+        x, out, channels, height * width, x.stride(0), x.stride(1), BLOCK=BLOCK
+    )
+    return out
+
+
+def _flat(gradient: Tensor, input: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """Put all positions in one row, where a 1x1 weight makes the gradient a plain product."""
+    pairs = (geometry.kernel, geometry.stride, geometry.padding)
+    same = gradient.shape[3] == input.shape[3] and is_linear(gradient) and is_linear(input)
+    if pairs != ((1, 1), (1, 1), (0, 0)) or not same:
+        return gradient, input
+    positions = gradient.shape[2] * gradient.shape[3]
+
+    def flat(x: Tensor) -> Tensor:
+        sample, _, column = box_strides(x)
+        shape = (*x.shape[:2], 1, positions)
+        return x.as_strided(shape, (sample, 1, column * positions, column))
+
+    return flat(gradient), flat(input)
+
+
+def _windows(gradient: Tensor, input: Tensor, geometry: Geometry, vector: int) -> Operands:
+    """Take what a row of the weight sees for channels: they lie side by side, and overlap.
+
+    For few channels, such as those of images. The input is copied, with its channels padded to 16
+    bytes and its columns by the padding.
+    """
+    samples, channels, height, width = input.shape
+    padded = triton.cdiv(channels, vector) * vector
+    whole = input.new_zeros(samples, height, width + 2 * geometry.padding[1], padded)
+    inside = whole[:, :, geometry.padding[1] : geometry.padding[1] + width, :channels]
+    inside.copy_(input.permute(0, 2, 3, 1))
+    sample, row, column, _ = whole.stride()
+    windows = whole.as_strided(
+        (samples, geometry.kernel[1] * padded, height, gradient.shape[3]),
+        (sample, 1, row, column * geometry.stride[1]),
+    )
+    rows = Geometry(
+        kernel=(geometry.kernel[0], 1),
+        stride=(geometry.stride[0], 1),
+        padding=(geometry.padding[0], 0),
+        dilation=(geometry.dilation[0], 1),
+        groups=1,
+    )
+    window = (geometry.kernel[1], padded, channels)
+    return Operands(gradient, windows, rows, boxes=True, window=window)
