@@ -1,5 +1,5 @@
 """The weighted gradient: the sum over samples of weighted products, weights exact."""
 
-from .op import weighted_gradient
+from .op import weighted_gradient, weighted_gradients
 
-__all__ = ["weighted_gradient"]
+__all__ = ["weighted_gradient", "weighted_gradients"]

@@ -1,4 +1,4 @@
-"""The custom op ``flashnorm::weighted_gradient``: a linear layer's clipped gradient."""
+"""The custom ops for clipped gradients of linear layers: of several, and of one."""
 
 from __future__ import annotations
 
@@ -13,56 +13,87 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 CHUNK_ELEMENTS = 2**24
 
 
-@torch.library.custom_op("flashnorm::weighted_gradient", mutates_args=())
-def weighted_gradient(left: Tensor, right: Tensor, weights: Tensor) -> Tensor:
-    """Return Σ_b weights[b]·(left_b @ right_b), without samples of weight 0, whatever they hold.
+@torch.library.custom_op("flashnorm::weighted_gradients", mutates_args=())
+def weighted_gradients(lefts: list[Tensor], rights: list[Tensor], weights: Tensor) -> list[Tensor]:
+    """Return Σ_b weights[b]·(lefts[k]_b @ rights[k]_b) for every layer k.
 
-    On a GPU neither operand is copied, and weights meet sums of products in float32: of 16-bit
-    operands the products are exact, and a weight is applied to within 2**-21 of itself. Products
-    of float32 numbers are float32's own, or TF32's where
+    Samples of weight 0 are left out, whatever they hold. On a GPU no operand is copied, and
+    weights meet sums of products in float32: of 16-bit operands the products are exact, a weight is
+    applied to within 2**-21 of itself, and the sum over samples so far is rounded once more where
+    a sample ends. Products of float32 numbers are float32's own, or TF32's where
     ``torch.backends.cuda.matmul.fp32_precision`` (which ``torch.set_float32_matmul_precision``
     sets) says so at the time of the call. Results repeat bit by bit.
 
+    Layers of one call share a launch, if their T is about the same: it fills a GPU to the last
+    where one layer does not, and spares the host. All results are there at once.
+
     Args:
-        left: [B, m, T], bfloat16, float16, float32 or float64; any strides.
-        right: [B, T, n], of the same dtype; any strides. Fast where each operand has a dim of
-            stride 1, and addresses and other strides are multiples of 16 bytes.
+        lefts: [B, m, T] each, bfloat16, float16, float32 or float64; any strides.
+        rights: [B, T, n] each, of the dtype of its left; any strides. Fast where each operand has
+            a dim of stride 1, and addresses and other strides are multiples of 16 bytes; not made
+            for T below 16.
         weights: float32 [B], finite. A GPU keeps the sum in units of each weight in turn:
             Σ_j |w_j||left_j @ right_j| / |w_b| must not overflow float32 for any b with w_b ≠ 0.
             It does not for clipping factors C/‖g_b‖ of norms whose square is a float32.
 
     Returns:
-        A new row-major tensor [m, n], float32; float64 of float64 operands.
+        New row-major tensors [m, n], float32; float64 of float64 operands.
 
     Raises:
         ValueError: an argument has the wrong dtype or shape, or they do not fit each other.
     """
-    _validate(left, right, weights)
-    return reference.weighted_gradient(left, right, weights)
+    _validate(lefts, rights, weights)
+    return [
+        reference.weighted_gradient(left, right, weights)
+        for left, right in zip(lefts, rights, strict=True)
+    ]
+
+
+@weighted_gradients.register_fake
+def _(lefts: list[Tensor], rights: list[Tensor], weights: Tensor) -> list[Tensor]:
+    _validate(lefts, rights, weights)
+    return [_empty(left, right) for left, right in zip(lefts, rights, strict=True)]
+
+
+@weighted_gradients.register_kernel("cpu")
+def _(lefts: list[Tensor], rights: list[Tensor], weights: Tensor) -> list[Tensor]:
+    _validate(lefts, rights, weights)
+    return [
+        _by_chunks(left, right, weights) for left, right in zip(lefts, rights, strict=True)
+    ]
+
+
+@weighted_gradients.register_kernel("cuda")
+def _(lefts: list[Tensor], rights: list[Tensor], weights: Tensor) -> list[Tensor]:
+    _validate(lefts, rights, weights)
+    if any(left.dtype == torch.float64 for left in lefts):
+        return [
+            _by_chunks(left, right, weights)
+            if left.dtype == torch.float64
+            else weighted_gradient(left, right, weights)
+            for left, right in zip(lefts, rights, strict=True)
+        ]
+    # Imported here: the package must import where Triton is not installed.
+    from flashnorm_compile.kernels.weighted_gradient import launch
+
+    return launch.weighted_gradients(lefts, rights, weights)
+
+
+@torch.library.custom_op("flashnorm::weighted_gradient", mutates_args=())
+def weighted_gradient(left: Tensor, right: Tensor, weights: Tensor) -> Tensor:
+    """Return Σ_b weights[b]·(left_b @ right_b): `weighted_gradients` of one layer."""
+    return weighted_gradients([left], [right], weights)[0]
 
 
 @weighted_gradient.register_fake
 def _(left: Tensor, right: Tensor, weights: Tensor) -> Tensor:
-    _validate(left, right, weights)
+    _validate([left], [right], weights)
+    return _empty(left, right)
+
+
+def _empty(left: Tensor, right: Tensor) -> Tensor:
     dtype = reference.result_dtype(left)
     return left.new_empty((left.shape[1], right.shape[2]), dtype=dtype)
-
-
-@weighted_gradient.register_kernel("cpu")
-def _(left: Tensor, right: Tensor, weights: Tensor) -> Tensor:
-    _validate(left, right, weights)
-    return _by_chunks(left, right, weights)
-
-
-@weighted_gradient.register_kernel("cuda")
-def _(left: Tensor, right: Tensor, weights: Tensor) -> Tensor:
-    _validate(left, right, weights)
-    if left.dtype == torch.float64:
-        return _by_chunks(left, right, weights)
-    # Imported here: the package must import where Triton is not installed.
-    from flashnorm_compile.kernels.weighted_gradient import launch
-
-    return launch.weighted_gradient(left, right, weights)
 
 
 def _by_chunks(left: Tensor, right: Tensor, weights: Tensor) -> Tensor:
@@ -82,36 +113,45 @@ def _by_chunks(left: Tensor, right: Tensor, weights: Tensor) -> Tensor:
     return total
 
 
-def _validate(left: Tensor, right: Tensor, weights: Tensor) -> None:
-    for name, tensor, shape in (("left", left, "[B, m, T]"), ("right", right, "[B, T, n]")):
-        if tensor.dim() != 3 or tensor.dtype not in DTYPES:
-            raise ValueError(
-                f"weighted_gradient: {name} is {tensor.dtype}, {tensor.dim()}-d; "
-                f"expected {shape} of bfloat16, float16, float32 or float64"
-            )
-    if left.dtype != right.dtype:
+def _validate(lefts: list[Tensor], rights: list[Tensor], weights: Tensor) -> None:
+    if len(lefts) != len(rights):
         raise ValueError(
-            f"weighted_gradient: left is {left.dtype} and right is {right.dtype}; "
-            "expected one dtype"
+            f"weighted_gradients: {len(lefts)} lefts and {len(rights)} rights; expected pairs"
         )
     if weights.dtype != torch.float32 or weights.dim() != 1:
         raise ValueError(
-            f"weighted_gradient: weights is {weights.dtype} {list(weights.shape)}; "
+            f"weighted_gradients: weights is {weights.dtype} {list(weights.shape)}; "
             "expected torch.float32 [B]"
         )
-    if not left.device == right.device == weights.device:
+    for k, (left, right) in enumerate(zip(lefts, rights, strict=True)):
+        _validate_pair(k, left, right, weights)
+
+
+def _validate_pair(k: int, left: Tensor, right: Tensor, weights: Tensor) -> None:
+    for name, tensor, shape in (("lefts", left, "[B, m, T]"), ("rights", right, "[B, T, n]")):
+        if tensor.dim() != 3 or tensor.dtype not in DTYPES:
+            raise ValueError(
+                f"weighted_gradients: {name}[{k}] is {tensor.dtype}, {tensor.dim()}-d; "
+                f"expected {shape} of bfloat16, float16, float32 or float64"
+            )
+        if tensor.device != weights.device:
+            raise ValueError(
+                f"weighted_gradients: {name}[{k}] is on {tensor.device} and weights on "
+                f"{weights.device}; expected one device"
+            )
+    if left.dtype != right.dtype:
         raise ValueError(
-            f"weighted_gradient: left is on {left.device}, right on {right.device} and weights on "
-            f"{weights.device}; expected one device"
+            f"weighted_gradients: lefts[{k}] is {left.dtype} and rights[{k}] {right.dtype}; "
+            "expected one dtype"
         )
     for what, name, sizes in (
-        ("samples", "right", (left.shape[0], right.shape[0])),
+        ("samples", f"rights[{k}]", (left.shape[0], right.shape[0])),
         ("samples", "weights", (left.shape[0], weights.shape[0])),
-        ("tokens", "right", (left.shape[2], right.shape[1])),
+        ("tokens", f"rights[{k}]", (left.shape[2], right.shape[1])),
     ):
         # Only sizes that are known: a comparison of symbolic ones would fix them.
         if all(isinstance(size, int) for size in sizes) and sizes[0] != sizes[1]:
             raise ValueError(
-                f"weighted_gradient: left holds {sizes[0]} {what} and {name} {sizes[1]}; "
-                "expected left [B, m, T], right [B, T, n] and weights [B]"
+                f"weighted_gradients: lefts[{k}] holds {sizes[0]} {what} and {name} {sizes[1]}; "
+                "expected [B, m, T], [B, T, n] and weights [B]"
             )

@@ -32,14 +32,18 @@ class Tile:
     pause: int
 
 
-# The larger a tile, the less is read per multiplication: the first needs 7 TB/s from the L2 cache
-# at 600 TFLOP/s, one of 128 x 128 a third more. Its sums take 128 registers of each thread, its
-# steps 192 of the 227 KiB of a multiprocessor's shared memory. At the end of a sample the tensor
-# cores wait until the sums are scaled, some 450 cycles; where two programs share a multiprocessor,
-# each does while the other multiplies.
-HOPPER_TILES = (
+# For tensor cores and copy engines as Hopper's. The larger a tile, the less is read for each
+# multiplication: the first needs 7 TB/s from the L2 cache at 600 TFLOP/s, one of 128 x 128 a third
+# more. Its sums take 128 registers of each thread, its steps 192 of the 227 KiB of a
+# multiprocessor's shared memory. At the end of a sample the tensor cores wait until the sums are
+# scaled, some 450 cycles; where programs share a multiprocessor, one does while another multiplies.
+LARGE_TILES = (
     Tile(128, 256, 64, 8, 4, 1, 1.0, 28),
     Tile(256, 128, 64, 8, 4, 1, 0.98, 28),
+)
+# Also for two operands whose tokens lie side by side: of larger tiles ptxas would then make the
+# tensor cores wait for every product.
+SMALL_TILES = (
     Tile(128, 128, 64, 4, 3, 2, 0.88, 8),
     Tile(64, 256, 64, 4, 4, 1, 0.6, 28),
     Tile(64, 128, 64, 4, 3, 3, 0.55, 8),
@@ -94,21 +98,18 @@ def choose_tile(m: int, n: int, tokens: int, tiles: tuple[Tile, ...]) -> Tile:
 
 
 @functools.lru_cache(maxsize=1024)
-def count_splits(m: int, n: int, tokens: int, samples: int, tile: Tile, processors: int) -> int:
+def count_splits(tiles: int, steps: int, tile: Tile, processors: int) -> int:
     """Return the number of parts in which the tokens are summed, 1 if there is enough to do.
 
-    The time is that of the program with most to do.
+    The time is that of the multiprocessor with most to do.
 
     Args:
-        m: rows of the result.
-        n: columns of the result.
-        tokens: T of each sample.
-        samples: B.
-        tile: its tile.
+        tiles: of all results.
+        steps: of ``tile.tokens``, over all samples.
+        tile: their size.
         processors: multiprocessors of the GPU.
     """
-    tiles, programs = cdiv(m, tile.m) * cdiv(n, tile.n), processors * tile.per_processor
-    steps = samples * cdiv(tokens, tile.tokens)
+    programs = processors * tile.per_processor
 
     def time(splits: int) -> int:
         scratch = 0 if splits == 1 else SPLIT_TOKENS
