@@ -146,7 +146,7 @@ def _find(sites, tile, LENGTH: tl.constexpr):
         later = tile >= _decode(sites[k][0])
         fields = (tl.where(later, sites[k][0], site[0]),)
         for field in tl.static_range(1, len(site)):
-            fields += (tl.where(later, sites[k][field], site[field]),)
+            fields += (tl.where(later, sites[k][field], site[field]),)  # type: ignore[assignment]
         site = fields
     return site
 
