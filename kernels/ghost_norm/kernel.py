@@ -30,12 +30,11 @@ _FLOOR: tl.constexpr = tl.constexpr(FLOOR)
 _CHUNK: tl.constexpr = tl.constexpr(64)
 
 
-# What varies with the batch size is compiled for no particular integers or alignment: in a layout
-# [T, B, d] the strides of rows do, too.
+# What varies with the batch size is compiled for no particular integers: in a layout [T, B, d] the
+# strides of rows do, too. Norms may come from anywhere.
 @triton.jit(
     do_not_specialize=[
         "left_norms_ptr", "right_norms_ptr", "left2_norms_ptr", "right2_norms_ptr",
-        "out_ptr", "partials_ptr", "parts_ptr", "counters_ptr",
         "samples", "whole", "splits",
         "left_sample", "right_sample", "left2_sample", "right2_sample",
         "left_outer", "right_outer", "left2_outer", "right2_outer",
@@ -151,7 +150,7 @@ def sums_kernel(
         item = turn
         if SYMMETRIC and not ONE:
             # Items are taken in order: somebody is at work on those that this one waits for.
-            item = tl.atomic_add(counters_ptr + 2 * samples, 1)
+            item = tl.atomic_add(counters_ptr + 2 * samples, 1, sem="relaxed")
         tile = tl.minimum(item, whole) + tl.maximum(item - whole, 0) // splits
         place = tile % tiles
         if SYMMETRIC:
@@ -281,15 +280,15 @@ def _store(ptr, step, product, spread, by_left, by_right, SYMMETRIC: tl.constexp
 def _add_up(partials_ptr, tiles, out_ptr, step, SYMMETRIC: tl.constexpr):
     """Add up a sample's tiles in order, in float64: there may be very many."""
     place = tl.arange(0, 4)
+    there = place < (4 if SYMMETRIC else 3)
     total = tl.zeros((4,), tl.float64)
     for first in range(0, tiles, _CHUNK):
         tile = first + tl.arange(0, _CHUNK)[:, None]
-        inside = (tile < tiles) & (place < (4 if SYMMETRIC else 3))[None, :]
-        partials = tl.load(
-            partials_ptr + tile * 4 + place[None, :], mask=inside, other=0.0, cache_modifier=".cg"
-        )
+        inside = (tile < tiles) & there[None, :]
+        place_ptr = partials_ptr + tile * 4 + place[None, :]
+        partials = tl.load(place_ptr, mask=inside, other=0.0, cache_modifier=".cg")
         total += tl.sum(partials.to(tl.float64), 0)
-    tl.store(out_ptr + place * step, total.to(tl.float32), mask=place < (4 if SYMMETRIC else 3))
+    tl.store(out_ptr + place * step, total.to(tl.float32), mask=there)
 
 
 @triton.jit

@@ -74,10 +74,9 @@ def ghost_norm(left: Tensor, right: Tensor, left_error: float, right_error: floa
     if 0 in (*left.shape, right.shape[2]):
         return reference.ghost_norm(left, right, left_error, right_error).float()
     rows = left.mT, right
-    samples, tokens, _ = right.shape
     # Written by the kernel.
-    norms = left.new_empty((2, samples, tokens), dtype=torch.float32).unbind()
-    return _launch((*rows, *rows), (*norms, *norms), (1 + 2 * left_error, 1 + 2 * right_error))
+    norms = tuple(left.new_empty(right.shape[:2], dtype=torch.float32) for _ in rows)
+    return _launch((*rows, *rows), norms * 2, (1 + 2 * left_error, 1 + 2 * right_error))
 
 
 def ghost_product(
