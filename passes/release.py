@@ -10,7 +10,8 @@ from flashnorm_compile.passes.gradient_sites import ParameterGradient
 from flashnorm_compile.passes.joint import JointGraph
 from flashnorm_compile.passes.layout import laid_out, memory_order
 from flashnorm_compile.passes.norms import Norms, run_tail, tail_constants
-from flashnorm_compile.passes.sites import Context
+from flashnorm_compile.passes.sites import Context, Site
+from flashnorm_compile.passes.sites.fused_matmul import FusedMatmulSite, weighted_together
 
 EPSILON = 1e-6
 # In place of a norm: the incoming gradient was not the loss's own (see ``clip``).
@@ -84,10 +85,13 @@ def insert_release(
     """
     before = joint.output_node
     one = context.emit(lambda scalars: scalars.new_ones(1), scalars, before=before)
+    sums = _sums_of_fused_sites(gradients, norms, weights, before)
     pending: dict[tuple[torch.dtype, bool], list[tuple[int, fx.Node]]] = {}
     for gradient in gradients:
         samples = _samples_in_place(gradient, norms, context, before)
-        value = samples or _weighted_sites(gradient, norms, weights, key, scalars, context, before)
+        value = samples or _weighted_sites(
+            gradient, norms, sums, weights, key, scalars, context, before
+        )
         dtype = joint.inputs[gradient.index].meta["val"].dtype
         pending.setdefault((dtype, samples is not None), []).append((gradient.index, value))
     stream = 0
@@ -187,9 +191,24 @@ def _sum_over_samples(
     return context.emit(code, samples, weights, key, scalars, before=before, like=samples)
 
 
+def _sums_of_fused_sites(
+    gradients: list[ParameterGradient], norms: Norms, weights: fx.Node, before: fx.Node
+) -> dict[Site, fx.Node]:
+    """Weigh the samples at those sites that share launches."""
+    sites = [
+        site
+        for gradient in gradients
+        for site in gradient.sites
+        if isinstance(site, FusedMatmulSite)
+        and not {site.node, gradient.output} & norms.per_sample.keys()
+    ]
+    return weighted_together(list(dict.fromkeys(sites)), weights, before)
+
+
 def _weighted_sites(
     gradient: ParameterGradient,
     norms: Norms,
+    sums: dict[Site, fx.Node],
     weights: fx.Node,
     key: fx.Node,
     scalars: fx.Node,
@@ -197,12 +216,13 @@ def _weighted_sites(
     before: fx.Node,
 ) -> fx.Node:
     """Weigh the samples at the sites and run the rest of the path as it was."""
-    sites = [
-        site.weighted(weights, before)
-        if (samples := norms.per_sample.get(site.node)) is None
-        else _sum_over_samples(samples, weights, key, scalars, context, before)
-        for site in gradient.sites
-    ]
+
+    def total(site: Site) -> fx.Node:
+        if (samples := norms.per_sample.get(site.node)) is not None:
+            return _sum_over_samples(samples, weights, key, scalars, context, before)
+        return sums[site] if site in sums else site.weighted(weights, before)
+
+    sites = [total(site) for site in gradient.sites]
     if not gradient.tail:
         return sites[0]
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -10,9 +11,9 @@ from torch import fx
 from flashnorm_compile._torch import hint
 from flashnorm_compile.kernels.flash_norm import flash_norm, materialize_norm
 from flashnorm_compile.kernels.ghost_norm import ghost_norm
-from flashnorm_compile.kernels.weighted_gradient import weighted_gradient
+from flashnorm_compile.kernels.weighted_gradient import weighted_gradients
 from flashnorm_compile.passes.cost import Cost
-from flashnorm_compile.passes.sites.base import Context
+from flashnorm_compile.passes.sites.base import Context, Site
 from flashnorm_compile.passes.sites.generic import contracted_axis
 from flashnorm_compile.passes.sites.matmul import MatmulSite, sample_major
 from flashnorm_compile.passes.sites.rounding import HALF, Rounding, gram_error, squares_above
@@ -20,6 +21,8 @@ from flashnorm_compile.passes.sites.rounding import HALF, Rounding, gram_error, 
 aten = torch.ops.aten
 # On a GPU. A kernel takes this many tokens of a sample at once; of fewer, most of it is idle.
 MIN_TOKENS = 32
+# All their sums are there before the first is released.
+SITES_PER_CALL = 32
 
 
 class FusedMatmulSite(MatmulSite):
@@ -58,16 +61,7 @@ class FusedMatmulSite(MatmulSite):
 
     def weighted(self, weights: fx.Node, before: fx.Node) -> fx.Node:
         """Emit Σ_i c_i L_i R_i, weighed after each sample's product."""
-        rows, padded = self.node.meta["val"].shape[-2], self.padded is not None
-        axes = self.left_axis, self.right_axis
-
-        def code(left: torch.Tensor, right: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-            left, right = sample_major(axes, left, right, weights.shape[0])
-            total = weighted_gradient(left, right, weights)
-            return total.narrow(-2, 0, rows) if padded else total
-
-        left = self.padded or self.left
-        return self.context.emit(code, left, self.right, weights, before=before, like=self.node)
+        return weighted_together([self], weights, before)[self]
 
     @property
     def rounding(self) -> Rounding:
@@ -145,3 +139,32 @@ class FusedMatmulSite(MatmulSite):
 
     def _once(self, flops: float, moved: float) -> Cost:
         return self.context.device.multiply(flops, self.left.meta["val"].dtype, moved)
+
+
+def weighted_together(
+    sites: Sequence[FusedMatmulSite], weights: fx.Node, before: fx.Node
+) -> dict[Site, fx.Node]:
+    """Emit what ``weighted`` does for many sites: one launch serves several."""
+    sums: dict[Site, fx.Node] = {}
+    for first in range(0, len(sites), SITES_PER_CALL):
+        some = sites[first : first + SITES_PER_CALL]
+        axes = [(site.left_axis, site.right_axis) for site in some]
+        rows = [site.node.meta["val"].shape[-2] for site in some]
+
+        def code(
+            weights: torch.Tensor, *operands: torch.Tensor, axes: Any = axes, rows: Any = rows
+        ) -> list[torch.Tensor]:
+            pairs = [
+                sample_major(axes[k], operands[2 * k], operands[2 * k + 1], weights.shape[0])
+                for k in range(len(axes))
+            ]
+            totals = weighted_gradients([x for x, _ in pairs], [y for _, y in pairs], weights)
+            return [
+                total if total.shape[-2] == count else total.narrow(-2, 0, count)
+                for total, count in zip(totals, rows, strict=True)
+            ]
+
+        operands = [x for site in some for x in (site.padded or site.left, site.right)]
+        nodes = some[0].context.emit(code, weights, *operands, before=before)
+        sums |= dict(zip(some, nodes, strict=True))
+    return sums
