@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -32,20 +34,19 @@ class Bottleneck(nn.Module):
         return F.relu(self.norm3(self.conv3(y)) + self.shortcut(x))
 
 
-class ResNet50(nn.Module):
-    """ResNet-50 for 224x224 images."""
+class ResNet(nn.Module):
+    """A ResNet of bottlenecks; depths (3, 4, 6, 3) at width 64 are ResNet-50."""
 
-    def __init__(self, classes: int = 1000) -> None:
+    def __init__(self, depths: Sequence[int], width: int, classes: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
-        self.norm = nn.GroupNorm(32, 64)
-        blocks, inside = [], 64
-        for stage, depth in enumerate((3, 4, 6, 3)):
-            width = 64 * 2**stage
+        self.conv = nn.Conv2d(3, width, 7, 2, 3, bias=False)
+        self.norm = nn.GroupNorm(32, width)
+        blocks, inside = [], width
+        for stage, depth in enumerate(depths):
             for position in range(depth):
                 stride = 2 if stage and position == 0 else 1
-                blocks.append(Bottleneck(inside, width, stride))
-                inside = 4 * width
+                blocks.append(Bottleneck(inside, width * 2**stage, stride))
+                inside = 4 * width * 2**stage
         self.blocks = nn.Sequential(*blocks)
         self.head = nn.Linear(inside, classes)
 
@@ -73,14 +74,17 @@ class WideBlock(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """WRN-16-4, as De et al. (arXiv 2204.13650) train it on CIFAR-10, with 16 groups."""
+    """Widths (64, 128, 256) are WRN-16-4.
 
-    def __init__(self, classes: int = 10) -> None:
+    So De et al. (arXiv 2204.13650) train it on CIFAR-10, with 16 groups.
+    """
+
+    def __init__(self, widths: Sequence[int], classes: int = 10) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
         blocks, inside = [], 16
-        for width, first_stride in ((64, 1), (128, 2), (256, 2)):
-            for stride in (first_stride, 1):
+        for stage, width in enumerate(widths):
+            for stride in (2 if stage else 1, 1):
                 blocks.append(WideBlock(inside, width, stride))
                 inside = width
         self.blocks = nn.Sequential(*blocks)

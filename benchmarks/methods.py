@@ -1,38 +1,59 @@
-"""The ways to get a step's gradients: without privacy, ours, Opacus, and vmap.
+"""The ways to take a training step: without privacy, ours, Opacus, and vmap.
 
-Each method prepares a step (not timed) and runs it (timed: forward, backward and, where private,
-clipping and noise), leaving the gradient of the mean loss.
+The step has the same shape for all: ``zero_grad``, then forward, loss and backward (for compiled
+methods one function under ``torch.compile``; for private ones with clipping and noise), then the
+update by AdamW with ``fused=True``, called as it is: one pass over the weights by PyTorch's own
+kernel, which a compiled optimizer does not beat.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from models import Workload, cross_entropy
 from torch import Tensor, nn
 
 SEED = 0
+LEARNING_RATE = 1e-5
+REDUCE_OVERHEAD = "reduce-overhead"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to run: the device, bf16 autocast or not, and what compiles the graphs."""
+    """How to run.
+
+    Attributes:
+        device: "cuda" or "cpu".
+        autocast: bf16 autocast over float32 weights, or float32.
+        lowering: "inductor", or "eager": captured graphs run as they are.
+        optimizer: whether the update belongs to the step.
+    """
 
     device: str
     autocast: bool = True
     lowering: str = "inductor"
+    optimizer: bool = True
 
     def precision(self) -> torch.autocast:
         return torch.autocast(self.device, torch.bfloat16, enabled=self.autocast)
 
-    def build(self, make: Callable[[], Any]) -> Any:
+    def build(self, make: Callable[[], Any], seed: int = SEED) -> Any:
         """Call a builder on the device, with the same random numbers every time."""
-        torch.manual_seed(SEED)
+        torch.manual_seed(seed)
         with torch.device(self.device):
             return make()
+
+    @property
+    def backend(self) -> str:
+        return {"inductor": "inductor", "eager": "aot_eager"}[self.lowering]
+
+    def mode(self, mode: str | None) -> str | None:
+        """Return a mode of Inductor where Inductor is used."""
+        return mode if self.lowering == "inductor" else None
 
 
 class SkippedError(Exception):
@@ -40,15 +61,26 @@ class SkippedError(Exception):
 
 
 class Method:
-    """A model and a batch, and a step that leaves ``.grad``."""
+    """A model, a batch and an optimizer, and the step that uses them.
+
+    Attributes:
+        private: whether gradients are clipped and noised.
+        keeps_code: whether code compiled for one batch is worth keeping for another; a method
+            that compiles nothing is made anew instead, with nothing left over.
+        graphs: whether its kernels are replayed as CUDA graphs.
+    """
 
     private = False
+    keeps_code = False
+    graphs = False
 
     def __init__(self, workload: Workload, settings: Settings) -> None:
         self.workload = workload
         self.settings = settings
-        self.inputs, self.targets = settings.build(workload.inputs)
+        self.resize(workload.batch_size)
         self.model: nn.Module = settings.build(self.build_model())
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer: Any = torch.optim.AdamW(self.trained, lr=LEARNING_RATE, fused=True)
         self.set_up()
 
     def build_model(self) -> Callable[[], nn.Module]:
@@ -66,13 +98,35 @@ class Method:
     def set_privacy(self, max_grad_norm: float, noise_multiplier: float) -> None:
         """Change C and σ for the next steps."""
 
-    def prepare(self) -> None:
-        """Do what is not timed."""
-        self.model.zero_grad(set_to_none=True)
+    def resize(self, batch_size: int) -> None:
+        """Draw a batch of another size."""
+        self.inputs, self.targets = self.settings.build(lambda: self.workload.inputs(batch_size))
+
+    def for_any_size(self) -> None:
+        """Be ready for batches of many sizes with one compilation; call before the first step.
+
+        Raises:
+            SkippedError: each size would be compiled anew.
+        """
 
     def run(self) -> None:
-        """Run the step, leaving gradients."""
+        """Take the step that is measured."""
+        self.clear()
+        self.leave_gradients()
+        if self.settings.optimizer:
+            self.update()
+
+    def clear(self) -> None:
+        """Drop the last step's gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def leave_gradients(self) -> None:
+        """Run forward and backward; where private, clip and add noise."""
         self.step(self.model, self.inputs, self.targets)
+
+    def update(self) -> None:
+        """Change the weights."""
+        self.optimizer.step()
 
     def step(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
         with self.settings.precision():
@@ -92,6 +146,10 @@ class Method:
         """Return the last step's per-sample norms [B], if the method reports them."""
         return None
 
+    def plan(self) -> str:
+        """Return what was decided for each parameter, if anything was."""
+        return ""
+
 
 class Eager(Method):
     """PyTorch without compilation or privacy."""
@@ -100,26 +158,50 @@ class Eager(Method):
 class Compiled(Method):
     """``torch.compile`` without privacy: the baseline."""
 
-    def set_up(self) -> None:
-        self.compiled = torch.compile(self.step, backend=_backend(self.settings))
+    keeps_code = True
 
-    def run(self) -> None:
+    def __init__(
+        self,
+        workload: Workload,
+        settings: Settings,
+        mode: str | None = None,
+        any_size: bool = False,
+    ) -> None:
+        self.mode = mode
+        self.any_size = any_size
+        self.graphs = mode == REDUCE_OVERHEAD and settings.device == "cuda"
+        super().__init__(workload, settings)
+
+    def set_up(self) -> None:
+        settings = self.settings
+        self.compiled = torch.compile(
+            self.step, backend=settings.backend, mode=settings.mode(self.mode)
+        )
+
+    def resize(self, batch_size: int) -> None:
+        super().resize(batch_size)
+        self._mark()
+
+    def for_any_size(self) -> None:
+        self.any_size = True
+        self._mark()
+
+    def _mark(self) -> None:
+        if self.any_size and len(self.inputs) > 1:
+            for tensor in (self.inputs, self.targets):
+                torch._dynamo.mark_dynamic(tensor, 0)
+
+    def leave_gradients(self) -> None:
+        if self.graphs:
+            torch.compiler.cudagraph_mark_step_begin()
         self.compiled(self.model, self.inputs, self.targets)
-
-
-class CompiledForAnySize(Compiled):
-    """The baseline for batches of any size, as private steps are compiled."""
-
-    def set_up(self) -> None:
-        super().set_up()
-        for tensor in (self.inputs, self.targets):
-            torch._dynamo.mark_dynamic(tensor, 0)
 
 
 class FlashNorm(Method):
     """The rewritten graph."""
 
     private = True
+    keeps_code = True
 
     def __init__(
         self,
@@ -127,129 +209,115 @@ class FlashNorm(Method):
         settings: Settings,
         strategy: str,
         dynamic: bool | None = None,
+        mode: str | None = None,
     ) -> None:
         self.strategy = strategy
         self.dynamic = dynamic
+        self.mode = mode
+        self.graphs = mode == REDUCE_OVERHEAD and settings.device == "cuda"
         super().__init__(workload, settings)
 
     def set_up(self) -> None:
         import flashnorm_compile as fn
 
+        settings = self.settings
         self.private_step = fn.dp_step(
             self.step,
             dynamic=self.dynamic,
+            mode=settings.mode(self.mode),
             max_grad_norm=1.0,
             noise_multiplier=0.0,
             expected_batch_size=self.workload.batch_size,
             strategy=self.strategy,
-            lowering=self.settings.lowering,
+            lowering=settings.lowering,
         )
 
     def set_privacy(self, max_grad_norm: float, noise_multiplier: float) -> None:
         self.private_step.max_grad_norm = max_grad_norm
         self.private_step.noise_multiplier = noise_multiplier
 
-    def run(self) -> None:
+    def for_any_size(self) -> None:
+        if self.dynamic is False:
+            raise SkippedError("code is made for one batch size alone")
+
+    def leave_gradients(self) -> None:
+        if self.graphs:
+            torch.compiler.cudagraph_mark_step_begin()
         self.private_step(self.model, self.inputs, self.targets)
 
     def norms(self) -> Tensor:
         return self.private_step.per_sample_norms
 
-
-class Vmap(Method):
-    """Per-sample gradients by ``vmap(grad(loss))``, all of it compiled."""
-
-    private = True
-
-    def set_up(self) -> None:
-        self.parameters = {
-            name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad
-        }
-        self.constants = {
-            name: value.detach()
-            for name, value in (*self.model.named_parameters(), *self.model.named_buffers())
-            if name not in self.parameters
-        }
-        self.compiled = torch.compile(self.private_gradients, backend=_backend(self.settings))
-        self.result: tuple[dict[str, Tensor], Tensor] | None = None
-        self.set_privacy(1.0, 0.0)
-
-    def set_privacy(self, max_grad_norm: float, noise_multiplier: float) -> None:
-        device = self.settings.device
-        self.max_grad_norm = torch.tensor(max_grad_norm, device=device)
-        self.noise_multiplier = torch.tensor(noise_multiplier, device=device)
-
-    def private_gradients(
-        self,
-        parameters: dict[str, Tensor],
-        inputs: Tensor,
-        targets: Tensor,
-        max_grad_norm: Tensor,
-        noise_multiplier: Tensor,
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        def loss(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-            state = {**self.constants, **parameters}
-            logits = torch.func.functional_call(self.model, state, (x.unsqueeze(0),))
-            return cross_entropy(logits, y.unsqueeze(0))
-
-        with self.settings.precision():
-            per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(
-                parameters, inputs, targets
-            )
-        squares = [g.float().flatten(1).square().sum(1) for g in per_sample.values()]
-        norms = torch.stack(squares).sum(0).sqrt()
-        factors = (max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
-        std = noise_multiplier * max_grad_norm
-        gradients = {
-            name: (torch.einsum("b,b...->...", factors, g.float()) + std * torch.randn_like(g[0]))
-            / self.workload.batch_size
-            for name, g in per_sample.items()
-        }
-        return gradients, norms
-
-    def prepare(self) -> None:
-        self.result = None
-
-    def run(self) -> None:
-        self.result = self.compiled(
-            self.parameters, self.inputs, self.targets, self.max_grad_norm, self.noise_multiplier
-        )
-
-    def gradients(self) -> dict[str, Tensor]:
-        assert self.result is not None
-        return dict(self.result[0])
-
-    def norms(self) -> Tensor:
-        assert self.result is not None
-        return self.result[1]
+    def plan(self) -> str:
+        return str(self.private_step.plan)
 
 
-def _backend(settings: Settings) -> str:
-    return {"inductor": "inductor", "eager": "aot_eager"}[settings.lowering]
+Builder = Callable[[Workload, Settings], Method]
 
 
-def _opacus(ghost: bool) -> Callable[[Workload, Settings], Method]:
+def _opacus(name: str) -> Builder:
     def build(workload: Workload, settings: Settings) -> Method:
         try:
-            from opacus_methods import OpacusGhost, OpacusHooks
+            import opacus_methods
         except ImportError as error:
             raise SkippedError(f"opacus is not installed ({error})") from error
-        return (OpacusGhost if ghost else OpacusHooks)(workload, settings)
+        return getattr(opacus_methods, name)(workload, settings)
 
     return build
 
 
-METHODS: dict[str, Callable[[Workload, Settings], Method]] = {
-    "eager": Eager,
+def _vmap(workload: Workload, settings: Settings, compiled: bool) -> Method:
+    from vmap_method import Vmap
+
+    return Vmap(workload, settings, compiled)
+
+
+#: Beside flashnorm's strategies, of which each is a method too. What is compared comes first.
+METHODS: Mapping[str, Builder] = {
     "compiled": Compiled,
-    "compiled-any-size": CompiledForAnySize,
-    "flashnorm-auto": lambda w, s: FlashNorm(w, s, "auto"),
+    "compiled-reduce-overhead": lambda w, s: Compiled(w, s, mode=REDUCE_OVERHEAD),
+    "compiled-any-size": lambda w, s: Compiled(w, s, any_size=True),
+    "flashnorm-reduce-overhead": lambda w, s: FlashNorm(w, s, "auto", mode=REDUCE_OVERHEAD),
     "flashnorm-fixed-size": lambda w, s: FlashNorm(w, s, "auto", dynamic=False),
-    "flashnorm-materialize": lambda w, s: FlashNorm(w, s, "materialize"),
-    "flashnorm-ghost": lambda w, s: FlashNorm(w, s, "ghost"),
-    "opacus-hooks": _opacus(ghost=False),
-    "opacus-ghost": _opacus(ghost=True),
-    "vmap": Vmap,
+    "eager": Eager,
+    "opacus-ghost": _opacus("OpacusGhost"),
+    "opacus-hooks": _opacus("OpacusHooks"),
+    "vmap-eager": functools.partial(_vmap, compiled=False),
+    "vmap": functools.partial(_vmap, compiled=True),
 }
 #: Minutes to compile at full size.
 SLOW = ("vmap",)
+
+
+def find_method(name: str) -> Builder:
+    """Return the builder of a method.
+
+    Raises:
+        ValueError: the name is not known.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    strategy = name.removeprefix("flashnorm-")
+    # The library is asked for its strategies only where it is used.
+    if strategy == name or strategy not in strategies():
+        raise ValueError(f"no method {name!r}; known: {', '.join(method_names())}")
+    return lambda workload, settings: FlashNorm(workload, settings, strategy)
+
+
+def strategies() -> tuple[str, ...]:
+    """Return flashnorm's strategies, as its options know them."""
+    from flashnorm_compile.options import Strategy
+
+    return get_args(Strategy)
+
+
+def method_names() -> tuple[str, ...]:
+    """Return all methods: the baseline, flashnorm's, then the others."""
+    ours = [f"flashnorm-{strategy}" for strategy in strategies()]
+    return tuple(sorted([*METHODS, *ours], key=lambda name: rank(name)))
+
+
+def rank(name: str) -> int:
+    """Order methods: the baseline first, then ours, then what else there is."""
+    prefixes = ("compiled", "flashnorm-auto", "flashnorm", "eager", "opacus", "vmap")
+    return next((i for i, p in enumerate(prefixes) if name.startswith(p)), len(prefixes))

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable
 
 import opacus
-import torch
 from methods import Method
 from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
 from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
@@ -31,11 +30,7 @@ class OpacusHooks(Method):
 
     def set_up(self) -> None:
         self.model = GradSampleModule(self.model, loss_reduction="mean")
-        self.optimizer = DPOptimizer(self.sgd(), **self.privacy())
-
-    def sgd(self) -> torch.optim.Optimizer:
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        return torch.optim.SGD(trained, lr=0.0)
+        self.optimizer = DPOptimizer(self.optimizer, **self.privacy())
 
     def privacy(self) -> dict[str, float | str]:
         return {
@@ -49,13 +44,13 @@ class OpacusHooks(Method):
         self.optimizer.max_grad_norm = max_grad_norm
         self.optimizer.noise_multiplier = noise_multiplier
 
-    def prepare(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def run(self) -> None:
-        self.step(self.model, self.inputs, self.targets)
-        # All of optimizer.step() but the update itself: clipping, noise, scaling.
+    def leave_gradients(self) -> None:
+        super().leave_gradients()
+        # The two halves of DPOptimizer.step(): clipping, noise and scaling; then the update.
         self.optimizer.pre_step()
+
+    def update(self) -> None:
+        self.optimizer.original_optimizer.step()
 
 
 class OpacusGhost(OpacusHooks):
@@ -65,7 +60,7 @@ class OpacusGhost(OpacusHooks):
         self.model = GradSampleModuleFastGradientClipping(
             self.model, loss_reduction="mean", max_grad_norm=1.0, use_ghost_clipping=True
         )
-        self.optimizer = DPOptimizerFastGradientClipping(self.sgd(), **self.privacy())
+        self.optimizer = DPOptimizerFastGradientClipping(self.optimizer, **self.privacy())
         self.criterion = DPLossFastGradientClipping(
             self.model, self.optimizer, nn.CrossEntropyLoss(), loss_reduction="mean"
         )

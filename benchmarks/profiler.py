@@ -17,6 +17,7 @@ from timing import synchronize
 # first: they list the operations that they fuse.
 FAMILIES = (
     ("noise", r"add_noise|_release_kernel"),
+    ("optimizer", r"multi_tensor_apply|fused_adam"),
     ("triton reduction", r"^triton_(red|per|split)"),
     ("triton pointwise", r"^triton_(poi|for)"),
     ("attention", r"flash(_|::)|fmha|sdpa|attention"),
@@ -41,7 +42,6 @@ def profile(method: Method, steps: int = 5) -> dict[str, Any]:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as recorded:
         for _ in range(steps):
-            method.prepare()
             method.run()
         synchronize(device)
     with tempfile.TemporaryDirectory() as folder:
@@ -64,6 +64,11 @@ def profile(method: Method, steps: int = 5) -> dict[str, Any]:
         "busy_ms": sum(total.values()) / steps,
         "span_ms": (end - begin) / 1e3 / steps,
     }
+
+
+def kernels_per_step(found: dict[str, Any]) -> float:
+    """Return how many kernels a profiled step ran."""
+    return sum(calls for _, calls, _ in found["kernels"])
 
 
 def family(kernel: str) -> str:

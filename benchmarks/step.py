@@ -1,34 +1,40 @@
-"""Time and memory of a private training step, beside other ways to get one.
+"""Time and memory of a private training step, beside other ways to take one.
 
-    python benchmarks/step.py --workload gpt2-t1024-b16 --device cuda --output runs/step
+    python benchmarks/step.py --everything            # all of it, on one GPU
+    python benchmarks/step.py --workload gpt2-t1024-b16 --methods compiled flashnorm-auto
+    python benchmarks/step.py --everything --resume --total-limit 560   # in several leases
 
 Every method runs in a process of its own, is checked against a loop over samples, and only then
-timed. Results are written after every method, so that an interrupted run keeps what it has.
+timed. Results are written after every method, so that an interrupted run keeps what it has; the
+report (table.md and plots) is made of them. See docs/benchmarks.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
+import itertools
 import json
-import os
 import pathlib
 import shlex
 import signal
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from typing import Any
 
+import machine
 import report
-from methods import METHODS, SLOW
-from models import find_workload
-from worker import Job
+from groups import BASELINE
+from jobs import URGENT, Job, is_known, make_jobs, merged
+from methods import SLOW, method_names
+from models import WORKLOADS, find_workload, tiny_name
+from sweeps import CLASSIC_ROWS, SWEEP_METHODS, SWEEPS, classic_workload
+from workers import Workers
+from workers import machine as find_machine
 
-DEFAULT_METHODS = ("compiled", "flashnorm-auto", "opacus-ghost", "opacus-hooks")
+DEFAULT_METHODS = tuple(itertools.chain(*URGENT))
+MORE_METHODS = ("compiled-reduce-overhead", "flashnorm-reduce-overhead", "vmap")
 # Less than this cannot even import torch.
 SHORTEST_RUN_S = 20.0
 
@@ -39,148 +45,142 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = "python benchmarks/step.py " + shlex.join(
         sys.argv[1:] if arguments is None else arguments
     )
+    if options.render:
+        saved = json.loads(options.render.read_text())
+        return _finish(options, saved["results"], saved["command"])
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "log.txt").write_text("")
     deadline = time.monotonic() + options.total_limit
-    results: list[dict[str, Any]] = []
-    with _Workers(_jobs(options), options) as workers:
-        for job in workers.jobs:
+    results = _earlier(options)
+    place = {"machine": find_machine(options.device), "commit": options.commit or machine.commit()}
+    jobs = [
+        job
+        for job in _jobs(options)
+        if not is_known(job, results, place, options.time_limit)
+    ]
+    with Workers(jobs, options.output, dump_code=options.dump_code) as workers:
+        for job in jobs:
             limit = min(options.time_limit, deadline - time.monotonic())
-            result = _run(job, workers, options, limit)
-            results.append(result)
-            rows = [row for row in results if row["job"]["workload"] == job.workload]
-            print(report.one_line(result, rows), flush=True)
-            report.write(options.output, results, command)
+            result = place | _run(job, workers, options, limit)
+            results = merged(results, result)
+            print(report.one_line(result, results), flush=True)
+            report.save(options.output, results, command)
+    return _finish(options, results, command)
+
+
+def _finish(options: argparse.Namespace, results: list[dict[str, Any]], command: str) -> int:
+    report.write(options.output, results, command)
     print(f"\n{report.markdown(results, command)}")
     return int(any(result["status"] == "wrong" for result in results))
 
 
+def _earlier(options: argparse.Namespace) -> list[dict[str, Any]]:
+    if options.resume is None:
+        return []
+    here = options.resume == pathlib.Path()
+    path = options.output / "results.json" if here else options.resume
+    return json.loads(path.read_text())["results"] if path.exists() else []
+
+
 def _jobs(options: argparse.Namespace) -> list[Job]:
-    return [
-        Job(
-            workload=workload,
-            method=method,
-            device=options.device,
-            autocast=options.precision == "bf16",
-            lowering=options.lowering,
-            warmup=options.warmup,
-            iterations=options.iterations,
-            profile=options.profile and (method == "compiled" or method.startswith("flashnorm")),
-        )
-        for workload in options.workload
-        for method in options.methods
-    ]
+    """Return what was asked for, sweeps last."""
+    known = method_names()
+    compared = list(itertools.product(options.workload, options.methods))
+    if options.classic:
+        methods = [method for row in CLASSIC_ROWS.values() for method in row if method in known]
+        compared += itertools.product([classic_workload(smoke=options.smoke)], methods)
+    methods = [method for method in SWEEP_METHODS if method in known]
+    swept: list[tuple[str, str]] = []
+    for name in options.sweep:
+        points = SWEEPS[name].points(smoke=options.smoke)
+        swept += itertools.product(points.values(), methods)
+    jobs = make_jobs(compared, options, largest_for=options.workload)
+    return list(dict.fromkeys([*jobs, *make_jobs(swept, options)]))
 
 
-def _run(
-    job: Job, workers: _Workers, options: argparse.Namespace, limit: float
-) -> dict[str, Any]:
-    result: dict[str, Any] = {"job": dataclasses.asdict(job)}
+def _run(job: Job, workers: Workers, options: argparse.Namespace, limit: float) -> dict[str, Any]:
+    skipped = {"job": dataclasses.asdict(job), "status": "skipped"}
     if options.skip_slow and job.method in SLOW:
-        return result | {"status": "skipped", "reason": "--skip-slow"}
+        return skipped | {"reason": "--skip-slow"}
     if limit < SHORTEST_RUN_S:
-        return result | {"status": "skipped", "reason": "--total-limit is used up"}
-    status, text = workers.run(job, limit)
-    if text is not None:
-        return json.loads(text)
-    reason = f"no result within {limit:.0f} s" if status is None else f"exit status {status}"
-    return result | {"status": "timeout" if status is None else "failed", "reason": reason}
-
-
-class _Workers(contextlib.ExitStack):
-    """One process a job. The next one imports what it needs while one is measured, and waits."""
-
-    def __init__(self, jobs: Sequence[Job], options: argparse.Namespace) -> None:
-        super().__init__()
-        self.jobs = jobs
-        self.options = options
-        self._ready: dict[Job, subprocess.Popen[bytes]] = {}
-        self._folder = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory()))
-        self._log = self.enter_context((options.output / "log.txt").open("a"))
-        self.callback(self._end)
-
-    def run(self, job: Job, limit: float) -> tuple[int | None, str | None]:
-        """Return a job's exit status (None where it was ended at the limit), and its result."""
-        process = self._started(job)
-        assert process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.close()
-        position = self.jobs.index(job)
-        for following in self.jobs[position + 1 : position + 2]:
-            self._started(following)
-        try:
-            status: int | None = process.wait(timeout=limit)
-        except subprocess.TimeoutExpired:
-            status = None
-        self._end(job)
-        path = self._result(job)
-        return status, path.read_text() if path.exists() else None
-
-    def _result(self, job: Job) -> pathlib.Path:
-        return self._folder / f"{job.workload}-{job.method}.json"
-
-    def _started(self, job: Job) -> subprocess.Popen[bytes]:
-        if job not in self._ready:
-            worker = pathlib.Path(__file__).with_name("worker.py")
-            job_text = json.dumps(dataclasses.asdict(job))
-            print(f"==== {job.workload} {job.method}", file=self._log, flush=True)
-            self._ready[job] = subprocess.Popen(
-                [sys.executable, str(worker), job_text, str(self._result(job))],
-                env=self._environment(job), stdin=subprocess.PIPE, stdout=self._log,
-                stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
-        return self._ready[job]
-
-    def _environment(self, job: Job) -> dict[str, str]:
-        environment = dict(os.environ)
-        if self.options.dump_code and job.method.startswith("flashnorm"):
-            name = f"code-{job.workload}-{job.method}.txt"
-            environment |= {
-                "TORCH_LOGS": "output_code",
-                "TORCH_LOGS_OUT": str((self.options.output / name).absolute()),
-                # A graph that comes out of the cache is not printed.
-                "TORCHINDUCTOR_FX_GRAPH_CACHE": "0",
-            }
-        return environment
-
-    def _end(self, *jobs: Job) -> None:
-        """End jobs, or all, and their children."""
-        for job in jobs or tuple(self._ready):
-            process = self._ready.pop(job)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        return skipped | {"reason": "--total-limit is used up"}
+    return workers.run(job, limit) | {"limit_s": limit}
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_argument
-    add("--workload", nargs="+", default=["gpt2-t1024-b16"], help="names, see models.py")
-    add("--methods", nargs="+", default=list(DEFAULT_METHODS), choices=list(METHODS), metavar="M",
-        help=f"of {', '.join(METHODS)}; ratios need {report.BASELINE}")  # fmt: skip
-    add("--device", default="cuda", choices=["cuda", "cpu"])
-    add("--precision", default="bf16", choices=["bf16", "fp32"], help="bf16 is autocast")
-    add("--lowering", default="inductor", choices=["inductor", "eager"])
-    add("--warmup", type=int, default=5)
-    add("--iterations", type=int, default=20)
-    add("--time-limit", type=float, default=300.0, help="seconds per method and workload")
-    add("--total-limit", type=float, default=float("inf"), help="seconds for all of it")
-    add("--skip-slow", action="store_true", help=f"skip {', '.join(SLOW)}: minutes to compile")
-    add("--profile", action="store_true", help="write the kernels of compiled and flashnorm")
-    add("--dump-code", action="store_true", help="write the code Inductor makes for flashnorm")
-    add("--smoke", action="store_true", help="a tiny workload and few iterations")
-    add("--output", type=pathlib.Path, default=pathlib.Path("runs/step"))
+    what = parser.add_argument_group("what to compare").add_argument
+    what("--workload", nargs="+", metavar="W", help=f"of models.py: {', '.join(WORKLOADS)} (all)")
+    what("--methods", nargs="+", default=list(DEFAULT_METHODS), choices=[*method_names(), "all"],
+         metavar="M", help=f"of {', '.join(method_names())}; ratios need {BASELINE}")  # fmt: skip
+    what("--largest-batch", action="store_true", help="find the largest batch that fits")
+    what("--memory-limit", type=float, default=40.0, metavar="GIB",
+         help="memory for --largest-batch (default: %(default)s)")  # fmt: skip
+    what("--classic", action="store_true", help="standard DP-SGD, ghost, flash, flash + fused")
+    what("--sweep", nargs="+", default=[], choices=list(SWEEPS), help="cost against T, B and d")
+    what("--everything", action="store_true",
+         help="all workloads, --largest-batch, --classic, --sweep t b d, and the methods "
+         f"{', '.join(MORE_METHODS)} too")  # fmt: skip
+    what("--smoke", action="store_true",
+         help="tiny workloads and few iterations; one workload if none is named")  # fmt: skip
+    how = parser.add_argument_group("how to measure").add_argument
+    how("--device", default="cuda", choices=["cuda", "cpu"])
+    how("--precision", default="bf16", choices=["bf16", "fp32"], help="bf16 is autocast")
+    how("--lowering", choices=["inductor", "eager"],
+        help="eager runs captured graphs as they are (default: inductor, but eager for --smoke on "
+        "a CPU, where C++ takes minutes to compile)")  # fmt: skip
+    how("--no-optimizer", dest="optimizer", action="store_false", help="leave AdamW out")
+    how("--warmup", type=int, default=5)
+    how("--iterations", type=int, default=20)
+    how("--profile", action="store_true", help="write the kernels of compiled and flashnorm")
+    how("--dump-code", action="store_true", help="write the code Inductor makes for flashnorm")
+    when = parser.add_argument_group("in how much time").add_argument
+    when("--time-limit", type=float, default=300.0, help="seconds per method and workload")
+    when("--total-limit", type=float, default=float("inf"), help="seconds for all of it")
+    when("--skip-slow", action="store_true", help=f"skip {', '.join(SLOW)}: minutes to compile")
+    when("--resume", nargs="?", type=pathlib.Path, const=pathlib.Path(), metavar="RESULTS",
+         help="keep earlier results, and skip what was measured at this commit on a machine like "
+         "this one (default: those of --output)")  # fmt: skip
+    where = parser.add_argument_group("report").add_argument
+    where("--output", type=pathlib.Path, default=pathlib.Path("runs/step"))
+    where("--from", dest="render", type=pathlib.Path, metavar="RESULTS",
+          help="make the report from saved results, and measure nothing")  # fmt: skip
+    where("--commit", help="what the sources are called; default: git's answer")
     options = parser.parse_args(arguments)
-    if options.smoke:
-        options.workload, options.warmup, options.iterations = ["tiny-t16-b4"], 1, 3
-    for name in options.workload:
-        try:
-            find_workload(name)
-        except (ValueError, ImportError) as error:
-            parser.error(str(error))
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "log.txt").write_text("")
+    _complete(options, parser)
     return options
+
+
+def _complete(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Fill in what other options imply."""
+    if options.everything:
+        options.workload = ["all"]
+        options.methods = [*options.methods, *MORE_METHODS]
+        options.largest_batch = options.classic = True
+        options.sweep = list(SWEEPS)
+    if options.smoke:
+        options.warmup, options.iterations = 1, 3
+    if options.lowering is None:
+        quick = options.smoke and options.device == "cpu"
+        options.lowering = "eager" if quick else "inductor"
+    default = WORKLOADS[:1] if options.smoke else WORKLOADS
+    if options.workload is None:
+        alone = (options.classic or options.sweep) and not options.largest_batch
+        options.workload = [] if alone else default
+    if "all" in options.workload:
+        options.workload = WORKLOADS
+    if "all" in options.methods:
+        options.methods = list(method_names())
+    try:
+        if options.smoke:
+            options.workload = [tiny_name(name) for name in options.workload]
+        options.workload = list(dict.fromkeys(options.workload))
+        for name in options.workload:
+            find_workload(name)
+    except (ValueError, ImportError) as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -1,57 +1,53 @@
 """Measures one method on one workload; a process of its own, so that memory starts clean.
 
 ``python worker.py JOB RESULT``: JOB is a ``Job`` in JSON, RESULT the path of the JSON to write.
+The process imports what it needs, then waits for its standard input, which holds the seconds it
+has, and is closed when its turn has come. ``python worker.py --machine DEVICE`` prints where it
+would measure.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import importlib
 import json
 import pathlib
-import platform
 import sys
 import time
 import traceback
-from dataclasses import dataclass
 from typing import Any
 
 import checks
 import torch
-from methods import METHODS, Method, Settings, SkippedError
-from models import find_workload
+from jobs import LARGEST_BATCH, Job
+from largest_batch import find_largest
+from machine import describe
+from methods import Method, Settings, SkippedError, find_method
+from models import find_workload, tiny_name
 from profiler import profile
+from reference import Reference, make_reference
 from timing import measure, synchronize
 
-
-@dataclass(frozen=True)
-class Job:
-    """What to measure; see ``step.py`` for the meaning of the options."""
-
-    workload: str
-    method: str
-    device: str
-    autocast: bool = True
-    lowering: str = "inductor"
-    warmup: int = 5
-    iterations: int = 20
-    profile: bool = False
+#: Of a search's time; the last probe and the report need some.
+SEARCH_SHARE = 0.7
 
 
-def run_job(job: Job) -> dict[str, Any]:
-    """Build, check, then time.
+def run_job(job: Job, limit_s: float = 300.0) -> dict[str, Any]:
+    """Do a job.
 
     Returns:
         "status" is "ok", "wrong" (no time is reported then), "skipped", "out of memory" or
         "failed"; the rest depends on it.
     """
-    result: dict[str, Any] = {"job": dataclasses.asdict(job), "machine": _machine(job.device)}
+    result: dict[str, Any] = {"job": dataclasses.asdict(job), "machine": describe(job.device)}
     try:
-        result |= _measure(job)
+        work = _largest_batch if job.kind == LARGEST_BATCH else _measure
+        result |= work(job, limit_s)
     except SkippedError as error:
         result |= {"status": "skipped", "reason": str(error)}
-    except torch.cuda.OutOfMemoryError as error:
+    except torch.OutOfMemoryError as error:
         result |= {"status": "out of memory", "reason": str(error).splitlines()[0]}
     except Exception as error:
         # Whatever a library raises is this method's result; the others still run.
@@ -61,35 +57,42 @@ def run_job(job: Job) -> dict[str, Any]:
     return result
 
 
-def _measure(job: Job) -> dict[str, Any]:
-    settings = Settings(job.device, job.autocast, job.lowering)
+def _settings(job: Job) -> Settings:
+    return Settings(job.device, job.autocast, job.lowering, job.optimizer)
+
+
+def _measure(job: Job, _limit_s: float) -> dict[str, Any]:
+    """Build, check, then time."""
+    # The fastest algorithms of convolutions, for every method.
+    torch.backends.cudnn.benchmark = True
     workload = find_workload(job.workload)
-    method = METHODS[job.method](workload, settings)
+    method = find_method(job.method)(workload, _settings(job))
     reference = _reference(method)
     bound = reference.max_grad_norm
     found: dict[str, Any] = {"description": workload.description, "note": method.note}
 
     method.set_privacy(bound, 0.0)
-    method.prepare()
+    before = method.trained[0].detach().clone()
     start = time.perf_counter()
     method.run()
     synchronize(job.device)
     found["first_step_s"] = time.perf_counter() - start
+    print(method.plan())
     verdict = checks.compare(reference, method)
     found["check"] = dataclasses.asdict(verdict)
     if not verdict.passed:
         return found | {"status": "wrong", "reason": verdict.reason}
+    if job.optimizer and torch.equal(before, method.trained[0]):
+        return found | {"status": "wrong", "reason": "the step did not change the weights"}
 
-    method.prepare()
-    del reference
+    method.clear()
+    del reference, before
     _free(job.device)
     method.set_privacy(bound, 1.0)
     timing = measure(method, warmup=job.warmup, iterations=job.iterations)
     if method.private:
-        ratio = checks.noise_ratio(method, bound)
-        found["noise_ratio"] = ratio
-        if not abs(ratio - 1.0) <= checks.NOISE_TOLERANCE:
-            reason = f"noise has {ratio:.3g} times the standard deviation that it must have"
+        found["noise_ratio"], reason = checks.noise_error(method, bound)
+        if reason:
             return found | {"status": "wrong", "reason": reason}
     found["timing"] = dataclasses.asdict(timing)
     if job.profile:
@@ -97,16 +100,32 @@ def _measure(job: Job) -> dict[str, Any]:
     return found | {"status": "ok"}
 
 
-def _reference(method: Method) -> checks.Reference:
+def _reference(method: Method) -> Reference:
     """Loop over the samples on an untouched model with the same weights."""
     settings = method.settings
     model = settings.build(method.build_model())
-    reference = checks.make_reference(
+    reference = make_reference(
         model, method.inputs, method.targets, settings, private=method.private
     )
     del model
     _free(settings.device)
     return reference
+
+
+def _largest_batch(job: Job, limit_s: float) -> dict[str, Any]:
+    if job.memory_limit_gib is not None and job.device == "cuda":
+        total = torch.cuda.get_device_properties(0).total_memory
+        share = min(1.0, job.memory_limit_gib * 2**30 / total)
+        torch.cuda.set_per_process_memory_fraction(share)
+    workload, build = find_workload(job.workload), find_method(job.method)
+    found = find_largest(
+        lambda: build(workload, _settings(job)),
+        # A batch of one has code of its own.
+        start=max(3, workload.batch_size | 1),
+        device=job.device,
+        limit_s=SEARCH_SHARE * limit_s,
+    )
+    return {"status": "ok", "largest": dataclasses.asdict(found)}
 
 
 def _free(device: str) -> None:
@@ -115,32 +134,24 @@ def _free(device: str) -> None:
         torch.cuda.empty_cache()
 
 
-def _machine(device: str) -> dict[str, str]:
-    found = {"torch": torch.__version__, "python": platform.python_version()}
-    if device == "cuda":
-        found |= {"device": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda)}
-    else:
-        found["device"] = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    try:
-        import triton
-
-        found["triton"] = triton.__version__
-    except ImportError:
-        pass
-    return found
-
-
 def _import_ahead(job: Job) -> None:
     """Import what takes time, without a look at the device."""
-    if job.method != "eager" and job.lowering == "inductor":
+    find_workload(tiny_name(job.workload)).build()
+    if job.method.startswith("opacus"):
+        with contextlib.suppress(ImportError):
+            importlib.import_module("opacus_methods")
+    if job.method.startswith(("compiled", "flashnorm")) and job.lowering == "inductor":
         importlib.import_module("torch._inductor.compile_fx")
     if job.method.startswith("flashnorm"):
         importlib.import_module("flashnorm_compile")
 
 
 if __name__ == "__main__":
+    if sys.argv[1] == "--machine":
+        print(json.dumps(describe(sys.argv[2])))
+        sys.exit()
     job_text, result_path = sys.argv[1:]
     _import_ahead(Job(**json.loads(job_text)))
-    sys.stdin.read()  # until the process before has ended
-    finished = run_job(Job(**json.loads(job_text)))
+    seconds = float(sys.stdin.read())  # until the process before has ended
+    finished = run_job(Job(**json.loads(job_text)), seconds)
     pathlib.Path(result_path).write_text(json.dumps(finished))
