@@ -27,7 +27,7 @@ train: $(STAMP) ## Train a private digits classifier; curve and metrics go to ru
 	$(BIN)/flashnorm train $(ARGS)
 
 test: $(STAMP) ## Run all tests
-	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 lint: $(STAMP) ## Check style
 	$(BIN)/ruff check .
