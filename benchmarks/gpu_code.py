@@ -22,7 +22,7 @@ import sys
 import types
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, get_args
 from unittest import mock
 
 # Before Inductor is imported: worker processes would not know of the GPU, nor are graphs that
@@ -36,6 +36,8 @@ from models import find_workload
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
+
+from flashnorm_compile import options as library
 
 DEVICE = torch.device("cuda", 0)
 PROPERTIES = types.SimpleNamespace(
@@ -230,7 +232,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--workload", default="gpt2-t256-b64", help="a name, see models.py")
-    parser.add_argument("--strategy", default="auto", choices=["auto", "materialize", "ghost"])
+    parser.add_argument("--strategy", default="auto", choices=get_args(library.Strategy))
+    parser.add_argument("--kernels", default="library", choices=get_args(library.Kernels))
     parser.add_argument("--compile", action="store_true", help="compile the kernels with Triton")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/gpu-code"))
     options = parser.parse_args(arguments)
@@ -243,7 +246,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         codes[graph_name(code)] = code
 
     workload = find_workload(options.workload)
-    method = FlashNorm(workload, Settings("cpu"), options.strategy)
+    method = FlashNorm(
+        workload, Settings("cpu"), strategy=options.strategy, kernels=options.kernels
+    )
     with gpu_code(kernels, show):
         try:
             method.run()
