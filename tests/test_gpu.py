@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from driver import (
+    Case,
     call,
     check_case,
     check_every_strategy,
@@ -19,6 +20,7 @@ from driver import (
 from oracle import assert_matches_oracle
 from test_inductor import SITES
 from test_modules import WITH_INDUCTOR
+from torch import nn
 from typer.testing import CliRunner
 from zoo_modules import all_cases
 
@@ -44,6 +46,42 @@ def test_matches_oracle(case):
 )
 def test_matches_oracle_with_inductor(name, strategy):
     check_case(CASES[name], strategy, lowering="inductor")
+
+
+def tokens_case(layout: str) -> Case:
+    """bfloat16 products over enough tokens for the kernels, in rows of whole 16 bytes and not."""
+    unaligned = layout == "unaligned"
+    tokens, width, hidden, classes = (41, 33, 39, 7) if unaligned else (48, 64, 40, 72)
+
+    def loss(model, x):
+        with torch.autocast("cuda", torch.bfloat16):
+            out = model(x.transpose(0, 1) if layout == "time_first" else x)
+        return out.float().square().mean()
+
+    return Case(
+        layout,
+        lambda: nn.Sequential(
+            nn.Linear(width, hidden), nn.Tanh(), nn.Linear(hidden, classes)
+        ),
+        lambda b: (torch.randn(b, tokens, width),),
+        loss,
+        precision="autocast_bfloat16",
+        device="cuda",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("lowering", ["eager", "inductor"])
+@pytest.mark.parametrize("strategy", ["materialize", "ghost", "flash"])
+@pytest.mark.parametrize("layout", ["aligned", "unaligned", "time_first"])
+def test_fused_kernels_match_the_oracle(layout, strategy, lowering):
+    plan = check_case(tokens_case(layout), strategy, lowering=lowering, kernels="fused")
+    assert {row.strategy for row in plan.rows if row.sites == ("matmul",)} == {strategy}
+
+
+@pytest.mark.parametrize("strategy", ["materialize", "ghost", "flash"])
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("conv-conv2d")])
+def test_fused_convolutions_match_the_oracle(name, strategy):
+    check_case(CASES[name], strategy, kernels="fused")
 
 
 @pytest.mark.inductor
