@@ -13,9 +13,11 @@ from methods import rank
 STEP, LARGEST_BATCH = "step", "largest batch"
 #: Results that another run would not change. A timeout is one if it had the whole time limit.
 FINAL = ("ok", "wrong", "failed", "out of memory")
-#: What is measured first, and next; the rest comes last, and without largest batches.
-URGENT = (("compiled", "flashnorm-auto"), ("eager", "opacus-ghost", "opacus-hooks"))
-REST = len(URGENT)
+#: What is measured first, and next; the rest comes last.
+URGENT = (
+    ("compiled", "flashnorm-auto", "flashnorm-auto-fused"),
+    ("eager", "opacus-ghost", "opacus-hooks"),
+)
 _EFFORT = ("warmup", "iterations", "profile")
 
 
@@ -61,10 +63,10 @@ def make_jobs(
             optimizer=options.optimizer,
             warmup=options.warmup,
             iterations=options.iterations,
-            profile=options.profile and method in ("compiled", "flashnorm-auto"),
+            profile=options.profile and method in URGENT[0],
         )
         found.append(job)
-        if options.largest_batch and workload in largest_for and _urgency(method) < REST:
+        if options.largest_batch and workload in largest_for:
             limit = options.memory_limit
             found.append(
                 dataclasses.replace(
@@ -75,7 +77,7 @@ def make_jobs(
 
 
 def _urgency(method: str) -> int:
-    return next((i for i, methods in enumerate(URGENT) if method in methods), REST)
+    return next((i for i, methods in enumerate(URGENT) if method in methods), len(URGENT))
 
 
 def is_known(

@@ -9,6 +9,7 @@ kernel, which a compiled optimizer does not beat.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -210,8 +211,9 @@ class FlashNorm(Method):
         strategy: str,
         dynamic: bool | None = None,
         mode: str | None = None,
+        **options: Any,
     ) -> None:
-        self.strategy = strategy
+        self.options = {"strategy": strategy, **options}
         self.dynamic = dynamic
         self.mode = mode
         self.graphs = mode == REDUCE_OVERHEAD and settings.device == "cuda"
@@ -228,8 +230,8 @@ class FlashNorm(Method):
             max_grad_norm=1.0,
             noise_multiplier=0.0,
             expected_batch_size=self.workload.batch_size,
-            strategy=self.strategy,
             lowering=settings.lowering,
+            **self.options,
         )
 
     def set_privacy(self, max_grad_norm: float, noise_multiplier: float) -> None:
@@ -297,24 +299,33 @@ def find_method(name: str) -> Builder:
     """
     if name in METHODS:
         return METHODS[name]
-    strategy = name.removeprefix("flashnorm-")
     # The library is asked for its strategies only where it is used.
-    if strategy == name or strategy not in strategies():
+    ours = flashnorm_methods() if name.startswith("flashnorm-") else {}
+    if name not in ours:
         raise ValueError(f"no method {name!r}; known: {', '.join(method_names())}")
-    return lambda workload, settings: FlashNorm(workload, settings, strategy)
+    return lambda workload, settings: FlashNorm(workload, settings, **ours[name])
 
 
-def strategies() -> tuple[str, ...]:
-    """Return flashnorm's strategies, as its options know them."""
-    from flashnorm_compile.options import Strategy
+def flashnorm_methods() -> dict[str, dict[str, str]]:
+    """Return a method for each strategy of flashnorm's, with library operations and with kernels.
 
-    return get_args(Strategy)
+    "flash" norms are by its own kernels always.
+    """
+    from flashnorm_compile.options import Kernels, Strategy
+
+    found = {}
+    for strategy, kernels in itertools.product(get_args(Strategy), get_args(Kernels)):
+        if kernels == "library":
+            found[f"flashnorm-{strategy}"] = {"strategy": strategy}
+        elif strategy != "flash":
+            name = f"flashnorm-{strategy}-{kernels}"
+            found[name] = {"strategy": strategy, "kernels": kernels}
+    return found
 
 
 def method_names() -> tuple[str, ...]:
     """Return all methods: the baseline, flashnorm's, then the others."""
-    ours = [f"flashnorm-{strategy}" for strategy in strategies()]
-    return tuple(sorted([*METHODS, *ours], key=lambda name: rank(name)))
+    return tuple(sorted([*METHODS, *flashnorm_methods()], key=rank))
 
 
 def rank(name: str) -> int:

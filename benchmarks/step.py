@@ -34,7 +34,9 @@ from workers import Workers
 from workers import machine as find_machine
 
 DEFAULT_METHODS = tuple(itertools.chain(*URGENT))
-MORE_METHODS = ("compiled-reduce-overhead", "flashnorm-reduce-overhead", "vmap")
+MORE_METHODS = (
+    "flashnorm-flash", "compiled-reduce-overhead", "flashnorm-reduce-overhead", "vmap",
+)  # fmt: skip
 # Less than this cannot even import torch.
 SHORTEST_RUN_S = 20.0
 
@@ -47,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     if options.render:
         saved = json.loads(options.render.read_text())
-        return _finish(options, saved["results"], saved["command"])
+        report.write(options.output, saved["results"], saved["command"])
+        return _finish(saved["results"], saved["command"])
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "log.txt").write_text("")
     deadline = time.monotonic() + options.total_limit
@@ -58,18 +61,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for job in _jobs(options)
         if not is_known(job, results, place, options.time_limit)
     ]
-    with Workers(jobs, options.output, dump_code=options.dump_code) as workers:
-        for job in jobs:
-            limit = min(options.time_limit, deadline - time.monotonic())
-            result = place | _run(job, workers, options, limit)
-            results = merged(results, result)
-            print(report.one_line(result, results), flush=True)
-            report.save(options.output, results, command)
-    return _finish(options, results, command)
+    try:
+        with Workers(jobs, options.output, dump_code=options.dump_code) as workers:
+            for job in jobs:
+                limit = min(options.time_limit, deadline - time.monotonic())
+                result = place | _run(job, workers, options, limit)
+                results = merged(results, result)
+                print(report.one_line(result, results), flush=True)
+                report.save(options.output, results, command)
+    finally:
+        report.write(options.output, results, command)
+    return _finish(results, command)
 
 
-def _finish(options: argparse.Namespace, results: list[dict[str, Any]], command: str) -> int:
-    report.write(options.output, results, command)
+def _finish(results: list[dict[str, Any]], command: str) -> int:
     print(f"\n{report.markdown(results, command)}")
     return int(any(result["status"] == "wrong" for result in results))
 

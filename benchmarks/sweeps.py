@@ -51,8 +51,8 @@ SWEEPS = {
     ),
 }
 SWEEP_METHODS = (
-    "compiled", "flashnorm-auto", "flashnorm-materialize", "flashnorm-ghost", "flashnorm-flash",
-    "opacus-ghost", "opacus-hooks",
+    "compiled", "flashnorm-auto", "flashnorm-auto-fused", "flashnorm-materialize",
+    "flashnorm-ghost", "flashnorm-flash", "opacus-ghost", "opacus-hooks",
 )  # fmt: skip
 
 #: A batch whose per-sample gradients need far more memory than all else, and a model that every
@@ -63,7 +63,7 @@ CLASSIC_ROWS: Mapping[str, tuple[str, ...]] = {
     "standard DP-SGD": ("opacus-hooks", "vmap-eager"),
     "ghost": ("flashnorm-ghost",),
     "flash": ("flashnorm-flash",),
-    "flash + fused": ("flashnorm-fused",),
+    "flash + fused": ("flashnorm-auto-fused",),
 }
 
 
