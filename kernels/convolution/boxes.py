@@ -5,8 +5,8 @@ The patches of one element of the weight are the input, shifted: boxes of a tens
 descriptor's. So no address is computed but those of boxes, and no patch is stored.
 """
 
-# Triton gives kernel arguments their types.
-# mypy: allow-untyped-defs
+# Triton gives kernel arguments their types, and tuples grow while loops are unrolled.
+# mypy: allow-untyped-defs, disable-error-code=assignment
 
 from __future__ import annotations
 
@@ -44,9 +44,11 @@ def boxes_kernel(
     height,
     width,
     gradient_sample: tl.int64,
+    gradient_channel: tl.int64,
     gradient_row: tl.int64,
     gradient_column: tl.int64,
     input_sample: tl.int64,
+    input_channel: tl.int64,
     input_row: tl.int64,
     input_column: tl.int64,
     KERNEL_H: tl.constexpr,
@@ -65,15 +67,16 @@ def boxes_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_W: tl.constexpr,
     ONE_BOX: tl.constexpr,
-    LINEAR: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    INPUT: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """Compute one tile for ``units_each`` units. The grid is (tiles, ranges of units).
 
     Args:
-        gradient_ptr: [samples, outer, rows, columns]; channels lie side by side.
-        input_ptr: [samples, inner, height, width]; likewise.
+        gradient_ptr: [samples, outer, rows, columns].
+        input_ptr: [samples, inner, height, width].
         weights_ptr: float32 [samples]; for WEIGHT.
         out_ptr: row-major: for STORE [units, outer, kernel, inner/GROUPS], for WEIGHT float32
             [ranges, outer, kernel, inner/GROUPS], to be added up.
@@ -88,9 +91,11 @@ def boxes_kernel(
         height: of the input.
         width: of the input.
         gradient_sample: a stride, as the next ones.
+        gradient_channel: a stride.
         gradient_row: a stride.
         gradient_column: a stride.
         input_sample: a stride.
+        input_channel: a stride.
         input_row: a stride.
         input_column: a stride.
         KERNEL_H: of the convolution, as the next ones.
@@ -109,7 +114,9 @@ def boxes_kernel(
         BLOCK_H: rows of a box of positions.
         BLOCK_W: columns of a box.
         ONE_BOX: whether a box holds all positions.
-        LINEAR: whether the gradient's positions in a box are a range: it has one row, or full ones.
+        GRADIENT: "channels" or "positions", by which lie side by side, where the positions in a box
+            are a range: it has one row, or full ones; else "elements", channels side by side.
+        INPUT: "channels", or for a 1x1 weight on one row without stride and padding "positions".
         PRECISION: of float32 products.
         UPCAST: multiply in float32 (the interpreter cannot multiply bfloat16).
     """
@@ -124,12 +131,20 @@ def boxes_kernel(
     first_o = block % outer_blocks * BLOCK_O
     group = block // outer_blocks
 
-    if LINEAR:
+    POSITIONS: tl.constexpr = BLOCK_H * BLOCK_W
+    if GRADIENT == "channels":
         gradients = tl.make_tensor_descriptor(
             gradient_ptr,
             [samples, rows * columns, outer],
             [gradient_sample, gradient_column, 1],
-            [1, BLOCK_H * BLOCK_W, BLOCK_O],
+            [1, POSITIONS, BLOCK_O],
+        )
+    elif GRADIENT == "positions":
+        gradients = tl.make_tensor_descriptor(
+            gradient_ptr,
+            [samples, outer, rows * columns],
+            [gradient_sample, gradient_channel, 1],
+            [1, BLOCK_O, POSITIONS],
         )
     else:
         gradients = gradient_ptr
@@ -141,14 +156,24 @@ def boxes_kernel(
         offset_w, shift_w, size_w = _shift(
             first_tap % KERNEL_W + tap, width, columns, STRIDE_W, PADDING_W, DILATION_W
         )
-        inputs += (
-            tl.make_tensor_descriptor(
-                input_ptr + (offset_h * input_row + offset_w * input_column),
-                [samples, size_h, size_w, inner],
-                [input_sample, input_row * STRIDE_H, input_column * STRIDE_W, 1],
-                [1, BLOCK_H, BLOCK_W, BLOCK_C],
-            ),
-        )
+        if INPUT == "positions":
+            inputs += (
+                tl.make_tensor_descriptor(
+                    input_ptr,
+                    [samples, inner, size_w],
+                    [input_sample, input_channel, 1],
+                    [1, BLOCK_C, POSITIONS],
+                ),
+            )
+        else:
+            inputs += (
+                tl.make_tensor_descriptor(
+                    input_ptr + (offset_h * input_row + offset_w * input_column),
+                    [samples, size_h, size_w, inner],
+                    [input_sample, input_row * STRIDE_H, input_column * STRIDE_W, 1],
+                    [1, BLOCK_H, BLOCK_W, BLOCK_C],
+                ),
+            )
         shifts_w += (shift_w,)
     o, c = group * outer_each + first_o, group * inner_each + first_c
     boxes_w = tl.cdiv(columns, BLOCK_W)
@@ -167,8 +192,8 @@ def boxes_kernel(
             # Without a loop inside, Triton loads the next samples while it multiplies this one.
             products = _multiply(
                 gradients, inputs, products, sample, 0, 0, shift_h, shifts_w, o, c, rows, columns,
-                outer, gradient_sample, gradient_row, gradient_column,
-                LINEAR, TAPS, BLOCK_O, BLOCK_C, BLOCK_H, BLOCK_W, PRECISION, UPCAST,
+                outer, gradient_sample, gradient_row, gradient_column, GRADIENT, INPUT,
+                TAPS, BLOCK_O, BLOCK_C, BLOCK_H, BLOCK_W, PRECISION, UPCAST,
             )  # fmt: skip
         else:
             first_box = (unit - sample * parts) * boxes_each
@@ -177,7 +202,8 @@ def boxes_kernel(
                 products = _multiply(
                     gradients, inputs, products, sample, row, column, shift_h, shifts_w, o, c,
                     rows, columns, outer, gradient_sample, gradient_row, gradient_column,
-                    LINEAR, TAPS, BLOCK_O, BLOCK_C, BLOCK_H, BLOCK_W, PRECISION, UPCAST,
+                    GRADIENT, INPUT,
+                    TAPS, BLOCK_O, BLOCK_C, BLOCK_H, BLOCK_W, PRECISION, UPCAST,
                 )  # fmt: skip
         if MODE == WEIGHT:
             sums = add_weighted(sums, products, tl.load(weights_ptr + sample), TAPS)
@@ -241,7 +267,8 @@ def _multiply(
     gradient_sample,
     gradient_row,
     gradient_column,
-    LINEAR: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    INPUT: tl.constexpr,
     TAPS: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -257,8 +284,11 @@ def _multiply(
     (https://github.com/triton-lang/triton/issues/9433).
     """
     POSITIONS: tl.constexpr = BLOCK_H * BLOCK_W
-    if LINEAR:
-        left = gradients.load([sample, row * columns + column, o]).reshape(POSITIONS, BLOCK_O)
+    first = row * columns + column
+    if GRADIENT == "channels":
+        left = gradients.load([sample, first, o]).reshape(POSITIONS, BLOCK_O).T
+    elif GRADIENT == "positions":
+        left = gradients.load([sample, o, first]).reshape(BLOCK_O, POSITIONS)
     else:
         position = tl.arange(0, POSITIONS)
         h, w = row + position // BLOCK_W, column + position % BLOCK_W
@@ -266,14 +296,17 @@ def _multiply(
         inside = ((h < rows) & (w < columns))[:, None] & (channel < outer)[None, :]
         offsets = h.to(tl.int64) * gradient_row + w * gradient_column
         begin = gradients + sample.to(tl.int64) * gradient_sample
-        left = tl.load(begin + offsets[:, None] + channel[None, :], mask=inside, other=0.0)
+        left = tl.load(begin + offsets[:, None] + channel[None, :], mask=inside, other=0.0).T
     if UPCAST:
         left = left.to(tl.float32)
     results = ()
     for tap in tl.static_range(TAPS):
-        right = inputs[tap].load([sample, row + shift_h, column + shifts_w[tap], c])
-        right = right.reshape(POSITIONS, BLOCK_C)
+        if INPUT == "positions":
+            right = inputs[tap].load([sample, c, column]).reshape(BLOCK_C, POSITIONS).T
+        else:
+            right = inputs[tap].load([sample, row + shift_h, column + shifts_w[tap], c])
+            right = right.reshape(POSITIONS, BLOCK_C)
         if UPCAST:
             right = right.to(tl.float32)
-        results += (tl.dot(left.T, right, products[tap], input_precision=PRECISION),)
+        results += (tl.dot(left, right, products[tap], input_precision=PRECISION),)
     return results

@@ -18,8 +18,8 @@ from flashnorm_compile.kernels.convolution.layouts import (
     Geometry,
     Operands,
     arrange,
-    box_strides,
-    is_linear,
+    in_ranges,
+    strides,
 )
 from flashnorm_compile.kernels.convolution.tiling import Tile, cdiv
 
@@ -75,28 +75,26 @@ def _run(
     """Return what the mode makes, and the squares; what it does not make is of no use."""
     samples = gradient.shape[0]
     if 0 in (*gradient.shape, *input.shape):
-        leading = (samples,) if mode == "store" else ()
         shape = (gradient.shape[1], input.shape[1] // geometry.groups, *geometry.kernel)
-        out = gradient.new_zeros((*leading, *shape), dtype=out_dtype)
+        out = gradient.new_zeros((samples, *shape) if mode == "store" else shape, dtype=out_dtype)
         return out, gradient.new_zeros(samples, dtype=torch.float32)
     with torch.cuda.device_of(gradient):
         device = _device(gradient.device)
         operands = Operands(gradient, input, geometry, boxes=False)
         if device.descriptors:
-            operands = arrange(gradient, input, geometry)
+            box_size = tiling.box_size(gradient.element_size(), _is_exact(gradient))
+            operands = arrange(gradient, input, geometry, box_size)
         tile, tiles, boxes = _tiles(mode, operands)
         parts, units_each = tiling.schedule(
-            samples, tiles, boxes, device.processors * tile.per_processor,
-            weighted=mode == "weight",
-        )  # fmt: skip
+            samples, tiles, boxes, device.processors, tile.per_processor, weighted=mode == "weight"
+        )
         ranges = cdiv(samples * parts, units_each)
 
         # Parts of samples are added up before they are squared.
         split = parts > 1 and mode != "weight"
-        leading = ranges if mode == "weight" else samples * parts
+        stored = ranges if mode == "weight" else samples * parts if split or mode == "store" else 0
         out = gradient.new_empty(
-            (leading, *operands.weight_shape()) if split or mode != "square" else (),
-            dtype=torch.float32 if split else out_dtype,
+            (stored, *operands.weight_shape()), dtype=torch.float32 if split else out_dtype
         )
         squares = gradient.new_empty((tiles, samples * parts), dtype=torch.float32)
         launch = _launch_boxes if operands.boxes else _launch_elements
@@ -124,7 +122,7 @@ def _tiles(mode: str, operands: Operands) -> tuple[Tile, int, int]:
     gradient, geometry = operands.gradient, operands.geometry
     outer, *kernel, inner = operands.weight_shape()
     outer //= geometry.groups
-    exact = gradient.dtype == torch.float32 and _precision() == "ieee"
+    exact = _is_exact(gradient)
     rows, columns = gradient.shape[2:]
     if not operands.boxes:
         width = inner * math.prod(kernel)
@@ -132,9 +130,8 @@ def _tiles(mode: str, operands: Operands) -> tuple[Tile, int, int]:
         tiles = geometry.groups * cdiv(outer, tile.outer) * cdiv(width, tile.inner)
         return tile, tiles, cdiv(rows * columns, tile.columns)
     tile = tiling.choose_boxes(
-        outer, inner, kernel[1], (rows, columns), gradient.element_size(),
-        exact=exact, weighted=mode == "weight",
-    )  # fmt: skip
+        mode, outer, inner, kernel[1], (rows, columns), gradient.element_size(), exact=exact
+    )
     blocks = cdiv(outer, tile.outer) * cdiv(inner, tile.inner)
     tiles = geometry.groups * blocks * math.prod(kernel) // tile.taps
     return tile, tiles, cdiv(rows, tile.rows) * cdiv(columns, tile.columns)
@@ -169,8 +166,8 @@ def _launch_boxes(
         rows,
         columns,
         *input.shape[2:],
-        *box_strides(gradient),
-        *box_strides(input),
+        *strides(gradient),
+        *strides(input),
         **operands.geometry.constants(),
         MODE=mode,
         TAPS=tile.taps,
@@ -179,7 +176,8 @@ def _launch_boxes(
         BLOCK_H=tile.rows,
         BLOCK_W=tile.columns,
         ONE_BOX=rows <= tile.rows and columns <= tile.columns,
-        LINEAR=is_linear(gradient) and (tile.rows == 1 or tile.columns == columns),
+        GRADIENT=_along(gradient) if in_ranges(gradient, (tile.rows, tile.columns)) else "elements",
+        INPUT=_along(input),
         PRECISION=_precision(),
         UPCAST=device.interpreted,
         num_warps=tile.warps,
@@ -230,7 +228,13 @@ def _launch_elements(
 
 def _along(x: Tensor) -> str:
     """Return what lies side by side in memory."""
-    return "channels" if x.shape[1] > 1 and x.stride(1) <= x.stride(3) else "positions"
+    _, channel, _, column = strides(x)
+    return "channels" if channel <= column else "positions"
+
+
+def _is_exact(x: Tensor) -> bool:
+    """Whether products are made in float32, without matrix units."""
+    return x.dtype == torch.float32 and _precision() == "ieee"
 
 
 def _precision() -> str:

@@ -1,14 +1,16 @@
-"""How operands are laid out for `boxes.boxes_kernel`: channels side by side, in 16-byte pieces."""
+"""How operands are laid out for `boxes.boxes_kernel`: in pieces of 16 bytes."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import torch
 import triton
 from torch import Tensor
 
+from flashnorm_compile.kernels.convolution.tiling import choose_box
 from flashnorm_compile.kernels.convolution.transpose import (
     BLOCK,
     REORDER_BLOCK,
@@ -42,9 +44,10 @@ class Geometry:
         groups: int,
     ) -> Geometry:
         """Take the arguments of the ops."""
-        pairs = ((int(a), int(b)) for a, b in (kernel_size, stride, padding, dilation))
-        return cls(*pairs, groups=groups)
+        a, b, c, d = ((int(h), int(w)) for h, w in (kernel_size, stride, padding, dilation))
+        return cls(a, b, c, d, groups)
 
+    @functools.cache  # noqa: B019 (there are few of them)
     def constants(self) -> dict[str, int]:
         """Return what both kernels are compiled for."""
         pairs = {
@@ -65,7 +68,8 @@ class Operands:
         gradient: [B, O, Ho, Wo].
         input: [B, C, H, W].
         geometry: of the convolution.
-        boxes: whether both are as `boxes.boxes_kernel` reads them.
+        boxes: whether both are as `boxes.boxes_kernel` reads them: channels lie side by side, or
+            positions, where a box holds a range of them.
         window: for a weight [O, rows, 1, elements of a row · padded channels]: both numbers, and
             how many of the channels there are.
     """
@@ -86,11 +90,9 @@ class Operands:
         if self.window is not None:
             width, padded, channels = self.window
             weights = weights.squeeze(-2).unflatten(-1, (width, padded))[..., :channels]
-        if weights[0, 0].numel() == weights.shape[-1]:
-            return weights.movedim(-1, -3)
-        if not weights.is_contiguous():
-            return weights.movedim(-1, -3).contiguous()
         samples, outer, height, width, inner = weights.shape
+        if height * width == 1 or not weights.is_contiguous():
+            return weights.movedim(-1, -3).contiguous()
         out = weights.new_empty(samples, outer, inner, height, width)
         size = out[0].numel()
         reorder_kernel[(samples * triton.cdiv(size, REORDER_BLOCK),)](
@@ -99,39 +101,57 @@ class Operands:
         return out
 
 
-def arrange(gradient: Tensor, input: Tensor, geometry: Geometry) -> Operands:
-    """Return the operands as they are best read; they are copied if need be."""
+def arrange(gradient: Tensor, input: Tensor, geometry: Geometry, box_size: int) -> Operands:
+    """Return the operands as they are best read; they are copied if need be.
+
+    Args:
+        gradient: [B, O, Ho, Wo].
+        input: [B, C, H, W].
+        geometry: of the convolution.
+        box_size: positions in a box, at most.
+    """
     vector = 16 // gradient.element_size()
     outer, inner = gradient.shape[1] // geometry.groups, input.shape[1] // geometry.groups
     if outer % vector == 0 and inner % vector == 0 and min(outer, inner) >= LEAST_CHANNELS:
-        gradient, input = _flat(_readable(gradient), _readable(input), geometry)
+        flat = _is_flat(gradient, input, geometry)
+        if flat:
+            gradient, input = _flatten(gradient), _flatten(input)
+        gradient, input = _readable_gradient(gradient, box_size), _readable(input, positions=flat)
         return Operands(gradient, input, geometry, boxes=True)
     if outer % vector == 0 and geometry.groups == 1 and geometry.dilation[1] == 1:
-        return _windows(_readable(gradient), input, geometry, vector)
+        return _windows(_readable_gradient(gradient, box_size), input, geometry, vector)
     return Operands(gradient, input, geometry, boxes=False)
 
 
-def box_strides(x: Tensor) -> tuple[int, int, int]:
-    """Return the strides of samples, rows and columns; some that serve where the size is 1."""
-    _, channels, height, width = x.shape
-    sample, _, row, column = x.stride()
-    column = channels if width == 1 else column
-    row = column * width if height == 1 else row
-    return row * height if x.shape[0] == 1 else sample, row, column
+def strides(x: Tensor) -> tuple[int, int, int, int]:
+    """Return the strides of samples, channels, rows, columns; of a size of 1, some that serve."""
+    samples, channels, height, width = x.shape
+    sample, channel, row, column = x.stride()
+    if width == 1:
+        column = row if height > 1 else channels
+    if height == 1:
+        row = column * width
+    if samples == 1:
+        sample = row * height if channel == 1 else channel * channels
+    return sample, channel, row, column
 
 
-def is_linear(x: Tensor) -> bool:
-    """Whether positions follow one another at one distance."""
-    _, row, column = box_strides(x)
+def in_ranges(gradient: Tensor, box: Pair) -> bool:
+    """Whether the positions in a box of rows and columns follow one another at one distance."""
+    return _is_linear(gradient) and (box[0] == 1 or box[1] == gradient.shape[3])
+
+
+def _is_linear(x: Tensor) -> bool:
+    """Whether all positions follow one another at one distance."""
+    _, _, row, column = strides(x)
     return row == column * x.shape[3]
 
 
-def _readable(x: Tensor) -> Tensor:
-    """Return x, or a copy of it: channels side by side, all else at multiples of 16 bytes."""
-    readable = x.stride(1) == 1 and x.data_ptr() % 16 == 0
-    for stride in box_strides(x):
-        readable = readable and stride > 0 and stride * x.element_size() % 16 == 0
-    return x if readable else _channels_last(x)
+def _is_flat(gradient: Tensor, input: Tensor, geometry: Geometry) -> bool:
+    """Whether rows mean nothing: the gradient is the plain product of a 1x1 weight."""
+    pairs = (geometry.kernel, geometry.stride, geometry.padding)
+    same = gradient.shape[3] == input.shape[3]
+    return pairs == ((1, 1), (1, 1), (0, 0)) and same and _is_linear(gradient) and _is_linear(input)
 
 
 def _channels_last(x: Tensor) -> Tensor:
@@ -148,20 +168,32 @@ def _channels_last(x: Tensor) -> Tensor:
     return out
 
 
-def _flat(gradient: Tensor, input: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
-    """Put all positions in one row, where a 1x1 weight makes the gradient a plain product."""
-    pairs = (geometry.kernel, geometry.stride, geometry.padding)
-    same = gradient.shape[3] == input.shape[3] and is_linear(gradient) and is_linear(input)
-    if pairs != ((1, 1), (1, 1), (0, 0)) or not same:
-        return gradient, input
-    positions = gradient.shape[2] * gradient.shape[3]
+def _flatten(x: Tensor) -> Tensor:
+    """Put all positions in one row."""
+    sample, channel, _, column = strides(x)
+    positions = x.shape[2] * x.shape[3]
+    shape = (*x.shape[:2], 1, positions)
+    return x.as_strided(shape, (sample, channel, column * positions, column))
 
-    def flat(x: Tensor) -> Tensor:
-        sample, _, column = box_strides(x)
-        shape = (*x.shape[:2], 1, positions)
-        return x.as_strided(shape, (sample, 1, column * positions, column))
 
-    return flat(gradient), flat(input)
+def _readable_gradient(gradient: Tensor, box_size: int) -> Tensor:
+    box = choose_box(gradient.shape[2], gradient.shape[3], box_size)
+    return _readable(gradient, positions=in_ranges(gradient, box))
+
+
+def _readable(x: Tensor, *, positions: bool) -> Tensor:
+    """Return x, or a copy of it: channels side by side, all else at multiples of 16 bytes.
+
+    Or positions side by side, if those will do.
+    """
+    sample, channel, row, column = strides(x)
+    others: tuple[int, ...] = (sample, row, column)
+    if channel != 1 and column == 1 and positions and _is_linear(x):
+        others = (sample, channel)
+    elif channel != 1:
+        return _channels_last(x)
+    aligned = all(n > 0 and n * x.element_size() % 16 == 0 for n in others)
+    return x if aligned and x.data_ptr() % 16 == 0 else _channels_last(x)
 
 
 def _windows(gradient: Tensor, input: Tensor, geometry: Geometry, vector: int) -> Operands:

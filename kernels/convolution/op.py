@@ -6,9 +6,11 @@ where ``torch.backends.cuda.matmul.allow_tf32`` says so at the time of the call.
 and the CPU, are left to the composition in `reference`. A transposed convolution's weight gets its
 gradients from the same ops, with gradient and input exchanged.
 
-On a GPU, operands whose channels lie side by side (channels_last) are read as they are; others are
-copied, or read element by element where there are few channels. Depthwise convolutions are right,
-but leave the matrix units all but empty: there, compositions are faster.
+On a GPU, operands whose channels lie side by side (channels_last) are read as they are. Others are
+copied to that layout first, but for row-major ones of a 1x1 convolution and row-major gradients
+whose width is a power of 2. Where a group has less than 8 channels, or no multiple of 16 bytes,
+elements are read one by one; a depthwise convolution leaves the matrix units all but empty. There,
+and for float32 without TF32, a composition of unfolded patches may be faster.
 """
 
 from __future__ import annotations
@@ -17,6 +19,11 @@ import torch
 from torch import Tensor
 
 from flashnorm_compile.kernels.convolution import reference
+from flashnorm_compile.kernels.convolution.validation import (
+    validate,
+    validate_dtype,
+    validate_weights,
+)
 
 
 @torch.library.custom_op("flashnorm::convolution_samples", mutates_args=())
@@ -51,8 +58,8 @@ def convolution_samples(
         ValueError: an argument has the wrong dtype, shape or range.
     """
     geometry = (kernel_size, stride, padding, dilation, groups)
-    _validate("convolution_samples", gradient, input, *geometry)
-    _validate_dtype(out_dtype)
+    validate("convolution_samples", gradient, input, *geometry)
+    validate_dtype(out_dtype)
     samples = reference.samples(gradient, input, *geometry).to(out_dtype)
     return samples, reference.squares(samples)
 
@@ -69,8 +76,8 @@ def _(
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     geometry = (kernel_size, stride, padding, dilation, groups)
-    _validate("convolution_samples", gradient, input, *geometry)
-    _validate_dtype(out_dtype)
+    validate("convolution_samples", gradient, input, *geometry)
+    validate_dtype(out_dtype)
     shape = (gradient.shape[1], input.shape[1] // groups, *kernel_size)
     samples = gradient.new_empty((gradient.shape[0], *shape), dtype=out_dtype)
     return samples, gradient.new_empty(gradient.shape[0], dtype=torch.float32)
@@ -88,8 +95,8 @@ def _(
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     geometry = (kernel_size, stride, padding, dilation, groups)
-    _validate("convolution_samples", gradient, input, *geometry)
-    _validate_dtype(out_dtype)
+    validate("convolution_samples", gradient, input, *geometry)
+    validate_dtype(out_dtype)
     if gradient.dtype == torch.float64:
         samples = reference.samples(gradient, input, *geometry).to(out_dtype)
         return samples, reference.squares(samples)
@@ -127,7 +134,7 @@ def convolution_norm(
         ValueError: an argument has the wrong dtype, shape or range.
     """
     geometry = (kernel_size, stride, padding, dilation, groups)
-    _validate("convolution_norm", gradient, input, *geometry)
+    validate("convolution_norm", gradient, input, *geometry)
     return reference.squares(reference.samples(gradient, input, *geometry))
 
 
@@ -142,7 +149,7 @@ def _(
     groups: int,
 ) -> Tensor:
     geometry = (kernel_size, stride, padding, dilation, groups)
-    _validate("convolution_norm", gradient, input, *geometry)
+    validate("convolution_norm", gradient, input, *geometry)
     return gradient.new_empty(gradient.shape[0], dtype=torch.float32)
 
 
@@ -157,7 +164,7 @@ def _(
     groups: int,
 ) -> Tensor:
     geometry = (kernel_size, stride, padding, dilation, groups)
-    _validate("convolution_norm", gradient, input, *geometry)
+    validate("convolution_norm", gradient, input, *geometry)
     if gradient.dtype == torch.float64:
         return reference.squares(reference.samples(gradient, input, *geometry))
     from flashnorm_compile.kernels.convolution import launch
@@ -198,8 +205,8 @@ def convolution_weighted(
         ValueError: an argument has the wrong dtype, shape or range.
     """
     geometry = (kernel_size, stride, padding, dilation, groups)
-    _validate("convolution_weighted", gradient, input, *geometry)
-    _validate_weights(weights, gradient)
+    validate("convolution_weighted", gradient, input, *geometry)
+    validate_weights(weights, gradient)
     return reference.weighted(reference.samples(gradient, input, *geometry), weights)
 
 
@@ -215,8 +222,8 @@ def _(
     groups: int,
 ) -> Tensor:
     geometry = (kernel_size, stride, padding, dilation, groups)
-    _validate("convolution_weighted", gradient, input, *geometry)
-    _validate_weights(weights, gradient)
+    validate("convolution_weighted", gradient, input, *geometry)
+    validate_weights(weights, gradient)
     shape = (gradient.shape[1], input.shape[1] // groups, *kernel_size)
     return gradient.new_empty(shape, dtype=torch.promote_types(gradient.dtype, torch.float32))
 
@@ -233,87 +240,10 @@ def _(
     groups: int,
 ) -> Tensor:
     geometry = (kernel_size, stride, padding, dilation, groups)
-    _validate("convolution_weighted", gradient, input, *geometry)
-    _validate_weights(weights, gradient)
+    validate("convolution_weighted", gradient, input, *geometry)
+    validate_weights(weights, gradient)
     if gradient.dtype == torch.float64:
         return reference.weighted(reference.samples(gradient, input, *geometry), weights)
     from flashnorm_compile.kernels.convolution import launch
 
     return launch.convolution_weighted(gradient, input, weights, *geometry)
-
-
-def _validate(
-    op: str,
-    gradient: Tensor,
-    input: Tensor,
-    kernel_size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-) -> None:
-    for name, x, shape in (
-        ("gradient", gradient, "[B, O, Ho, Wo]"),
-        ("input", input, "[B, C, H, W]"),
-    ):
-        if not x.dtype.is_floating_point or x.dim() != 4:
-            raise ValueError(f"{op}: {name} is {x.dtype}, {x.dim()}-d; expected floating {shape}")
-    if gradient.dtype != input.dtype or gradient.device != input.device:
-        raise ValueError(
-            f"{op}: gradient is {gradient.dtype} on {gradient.device} and input {input.dtype} on "
-            f"{input.device}; expected one dtype and device"
-        )
-    for name, numbers, least in (
-        ("kernel_size", kernel_size, 1),
-        ("stride", stride, 1),
-        ("padding", padding, 0),
-        ("dilation", dilation, 1),
-    ):
-        if len(numbers) != 2 or min(numbers) < least:
-            raise ValueError(f"{op}: {name} is {numbers}; expected two numbers, {least} or more")
-    # Only sizes that are known: a comparison of symbolic ones would fix them.
-    if _differ(gradient.shape[0], input.shape[0]):
-        raise ValueError(
-            f"{op}: gradient holds {gradient.shape[0]} samples and input {input.shape[0]}; "
-            "expected the same number"
-        )
-    for name, channels in (("gradient", gradient.shape[1]), ("input", input.shape[1])):
-        if groups < 1 or (isinstance(channels, int) and channels % groups):
-            raise ValueError(f"{op}: {channels} channels of {name} in {groups} groups")
-    for d in range(2):
-        positions, size = gradient.shape[2 + d], input.shape[2 + d]
-        if isinstance(positions, int) and isinstance(size, int) and positions > 0:
-            last = (positions - 1) * stride[d] + (kernel_size[d] - 1) * dilation[d]
-            if last >= size + 2 * padding[d]:
-                raise ValueError(
-                    f"{op}: {positions} positions of gradient reach element {last} of an input of "
-                    f"{size} with padding {padding[d]} (dim {2 + d})"
-                )
-
-
-def _validate_dtype(out_dtype: torch.dtype) -> None:
-    if not out_dtype.is_floating_point:
-        raise ValueError(
-            f"convolution_samples: out_dtype is {out_dtype}; expected a real floating dtype"
-        )
-
-
-def _validate_weights(weights: Tensor, gradient: Tensor) -> None:
-    if weights.dtype != torch.float32 or weights.dim() != 1:
-        raise ValueError(
-            f"convolution_weighted: weights is {weights.dtype} {list(weights.shape)}; "
-            "expected torch.float32 [B]"
-        )
-    if _differ(weights.shape[0], gradient.shape[0]):
-        raise ValueError(
-            f"convolution_weighted: {weights.shape[0]} weights for {gradient.shape[0]} samples"
-        )
-    if weights.device != gradient.device:
-        raise ValueError(
-            f"convolution_weighted: weights is on {weights.device} and gradient on "
-            f"{gradient.device}; expected one device"
-        )
-
-
-def _differ(left: int | torch.SymInt, right: int | torch.SymInt) -> bool:
-    return isinstance(left, int) and isinstance(right, int) and left != right

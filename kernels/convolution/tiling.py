@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 # Elements of the weight that one program takes: those of a longer row are taken one by one.
 MAX_TAPS = 4
+# Bytes and registers of a multiprocessor.
 SHARED_MEMORY = 227 * 1024
 REGISTERS = 65536
-MAX_WAVES = 8
 # What a program costs beside its samples, in boxes: to make descriptors and wait for the first
 # boxes; and to write a tile that is added up later, and to read it again.
 START_BOXES = 10.0
 WRITE_BOXES = 15.0
-# Parts of a sample are no smaller.
-PART_BOXES = 4
+MAX_WAVES = 8
+# Parts of a sample are no smaller, in boxes.
+LEAST_PART = 4
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,9 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+@functools.cache
 def choose_boxes(
+    mode: str,
     outer: int,
     inner: int,
     kernel_width: int,
@@ -55,46 +59,41 @@ def choose_boxes(
     element_size: int,
     *,
     exact: bool,
-    weighted: bool,
 ) -> Tile:
-    """Return the tile of `boxes.boxes_kernel`.
+    """Return the tile of `boxes.boxes_kernel`, of those that were fastest on an H100.
 
     Args:
+        mode: "store", "square" or "weight".
         outer: channels of the gradient in a group.
         inner: channels of the input in a group.
         kernel_width: elements in a row of the weight.
         positions: rows and columns of the gradient.
         element_size: bytes of an operand's element.
         exact: whether products are made in float32, without matrix units.
-        weighted: whether a second set of sums is kept in registers.
     """
-    taps = kernel_width if kernel_width <= MAX_TAPS and not exact else 1
-    # Matrix units multiply 64 rows at once.
-    tile_outer = 64 if exact or outer <= 64 else 128
-    if weighted and tile_outer == 128 and taps > 1 and inner >= 128:
-        taps = 1
-    tile_inner = _power_of_2(inner, 16, 128 if taps == 1 and not exact else 64)
-    if weighted and tile_outer * taps * tile_inner > 128 * 128:
-        tile_inner //= 2
-    # Without matrix units both operands are kept in registers.
-    box = choose_box(*positions, 16 if exact else 128 // element_size)
+    half = element_size == 2
+    # Only a square leaves registers for a large tile: a tile that is stored is converted first, and
+    # weighted ones need two sets of sums. Matrix units multiply 64 rows at once.
+    tile_outer = 128 if mode == "square" and half and outer > 64 else 64
+    wide = half and inner >= 128
+    taps = 1 if wide or exact or kernel_width > MAX_TAPS else kernel_width
+    tile_inner = _power_of_2(inner, 16, 128 if wide else 64)
+    rows, columns = choose_box(*positions, box_size(element_size, exact))
     warps = tile_outer // 16
-    sums = tile_outer * tile_inner * taps // (32 * warps)
-    stages = 3
-    memory = stages * box[0] * box[1] * (tile_outer + taps * tile_inner) * element_size
-    registers = 255 if exact else min(255, 48 + (2 if weighted else 1) * sums)
-    return Tile(
-        taps=taps,
-        outer=tile_outer,
-        inner=tile_inner,
-        rows=box[0],
-        columns=box[1],
-        warps=warps,
-        stages=stages,
-        per_processor=max(
-            1, min(SHARED_MEMORY // (memory + 1024), REGISTERS // (32 * warps * registers), 4)
-        ),
-    )
+    stages = 2 if tile_outer == 128 and taps > 1 else 3
+    memory = stages * rows * columns * (tile_outer + taps * tile_inner) * element_size
+    sums = tile_outer * tile_inner * taps // (32 * warps) * (2 if mode == "weight" else 1)
+    registers = 255 if exact else min(255, 48 + sums)
+    fit = min(SHARED_MEMORY // (memory + 1024), REGISTERS // (32 * warps * registers), 4)
+    return Tile(taps, tile_outer, tile_inner, rows, columns, warps, stages, max(fit, 1))
+
+
+def box_size(element_size: int, exact: bool) -> int:
+    """Return how many positions a box holds at most.
+
+    Without matrix units, both operands of a product are kept in registers.
+    """
+    return 16 if exact else 128 // element_size
 
 
 def choose_box(rows: int, columns: int, size: int) -> tuple[int, int]:
@@ -118,15 +117,16 @@ def choose_elements(outer: int, columns: int, *, exact: bool) -> Tile:
         outer=_power_of_2(outer, 16, 64),
         inner=_power_of_2(columns, 16, 64),
         rows=1,
-        columns=16 if exact else 64,
+        columns=16 if exact else 32,
         warps=4,
         stages=2,
-        per_processor=2 if exact else 4,
+        per_processor=2,
     )
 
 
+@functools.lru_cache(4096)
 def schedule(
-    samples: int, tiles: int, boxes: int, programs: int, *, weighted: bool
+    samples: int, tiles: int, boxes: int, processors: int, per_processor: int, *, weighted: bool
 ) -> tuple[int, int]:
     """Return into how many parts samples are cut, and how many parts a program takes.
 
@@ -134,12 +134,14 @@ def schedule(
         samples: B.
         tiles: of a sample.
         boxes: of a sample's positions.
-        programs: that run at once.
-        weighted: whether programs write what they add up.
+        processors: multiprocessors.
+        per_processor: programs that run on each at once.
+        weighted: whether programs write what they add up, rather than each sample's tile.
     """
+    programs = processors * per_processor
     parts = 1
-    if 2 * samples * tiles <= programs:
-        parts = max(1, min(programs // (samples * tiles), boxes // PART_BOXES))
+    if 2 * samples * tiles <= processors:
+        parts = max(1, min(programs // (samples * tiles), boxes // LEAST_PART))
     units = samples * parts
     start = (START_BOXES + (WRITE_BOXES if weighted else 0.0)) / cdiv(boxes, parts)
 
