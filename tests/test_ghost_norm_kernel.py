@@ -138,8 +138,15 @@ def check_kernel(device: str) -> None:
     # Tiles that are left over in many parts; memory read by pointers.
     found = launch._device(torch.device(device))
     pointers = dataclasses.replace(found, descriptors=False)
+    launch._plan.cache_clear()
     with mock.patch.object(launch, "SPLIT_WIDTH", 32):
         check_sizes(launch, device)
+    # Products of long rows by the library.
+    launch._plan.cache_clear()
+    with mock.patch.object(launch, "LONG_WIDTH", 64):
+        check_sizes(launch, device)
+        check_others_stay(launch, device)
+    launch._plan.cache_clear()
     with mock.patch.object(launch, "_device", return_value=pointers):
         check_layouts(launch, device)
 
@@ -153,11 +160,11 @@ def test_kernel_equals_reference_in_the_interpreter():
 @pytest.mark.parametrize(
     ("tiles", "width", "expected"),
     [
-        (128, 3840, (128, 1)),  # nearly all of 132 programs have something to do
-        (192, 3840, (132, 2)),  # 60 are left, and made in halves
-        (192, 1536, (192, 1)),  # the halves would be too short
-        (160, 4096, (132, 4)),
-        (384, 3840, (384, 1)),  # 120 are left
+        (128, 10240, (128, 1)),  # nearly all of 132 programs have something to do
+        (160, 10240, (132, 4)),  # 28 are left, and made in quarters
+        (192, 51032, (132, 2)),
+        (192, 3840, (192, 1)),  # the halves would be too short
+        (384, 51032, (384, 1)),  # 120 are left
         (3, 51032, (0, 16)),
     ],
 )

@@ -42,9 +42,10 @@ WORKLOADS = {
 }
 SMOKE = {"smoke": (20, 3, ((48, 32), (8, 40)))}
 
-# Samples that are compared with the reference; of sums, relative to the largest.
+# Samples that are compared with the reference. Tensor cores do not round, they truncate: the error
+# grows with the number of products that are added up.
 CHECKED = 2
-TOLERANCE = 1e-4
+TOLERANCE, TOLERANCE_PER_PRODUCT = 1e-4, 2.0**-26
 ERRORS = (1e-5, 1e-5)
 
 
@@ -107,8 +108,10 @@ def variant(name: str) -> Iterator[None]:
         with mock.patch.object(launch, "_device", return_value=pointers):
             yield
     else:
+        launch._plan.cache_clear()
         with mock.patch.object(launch, "SPLIT_WIDTH", 2**31):
             yield
+        launch._plan.cache_clear()
 
 
 def measure(
@@ -135,12 +138,13 @@ def measure(
         functions["eager"] = others
         row = {"layer": f"{name} {kind}", "gflop": factor * flops / 1e9}
         row["floor_ms"] = max(factor * flops / rates.flops, read / rates.bytes)
+        tolerance = TOLERANCE + 2 * max(m, n) * TOLERANCE_PER_PRODUCT
         for key, function in functions.items():
-            row |= timed(f"{name} {kind}", key, function, operands, wanted)
+            row |= timed(f"{name} {kind}", key, function, operands, wanted, tolerance)
         if device == "cuda" and kind == "norm":
             for key in ("pointers", "whole"):
                 with variant(key):
-                    row |= timed(f"{name} {kind}", key, kernel, operands, wanted)
+                    row |= timed(f"{name} {kind}", key, kernel, operands, wanted, tolerance)
         row["tflops"] = row["gflop"] / row["kernel_ms"]
         row["of_floor"] = row["kernel_ms"] / row["floor_ms"]
         row["speed_up"] = min(row["composed_ms"], row["eager_ms"]) / row["kernel_ms"]
@@ -154,11 +158,12 @@ def timed(
     function: Callable[..., Tensor],
     operands: tuple[Tensor, ...],
     expected: Tensor,
+    tolerance: float,
 ) -> dict[str, float]:
     """Check a function on the first samples, then time it on all."""
     found = function(*operands)[:, :CHECKED].cpu()
     for which, (sums, right) in enumerate(zip(found, expected, strict=True)):
-        harness.check(f"{name}, {key}, sum {which}", sums, right, TOLERANCE)
+        harness.check(f"{name}, {key}, sum {which}", sums, right, tolerance)
     return {f"{key}_ms": harness.median_ms(lambda: function(*operands))}
 
 

@@ -43,6 +43,7 @@ def grams(
     part,
     parts,
     LAYOUTS: tl.constexpr,
+    GIVEN: tl.constexpr,
     SAME: tl.constexpr,
     TMA: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -51,14 +52,21 @@ def grams(
 ):
     """Return the tile of both matrices, or a part of their sums over places."""
     _, sample, i, j = where
-    a = _gram(
-        operands[0], operands[2], sample, i * TILE, j * TILE, sizes[3], part, parts,
-        LAYOUTS[0], LAYOUTS[2], SAME, TMA, UPCAST, TILE, BLOCK,
-    )  # fmt: skip
     g = _gram(
         operands[1], operands[3], sample, i * TILE, j * TILE, sizes[4], part, parts,
         LAYOUTS[1], LAYOUTS[3], SAME, TMA, UPCAST, TILE, BLOCK,
     )  # fmt: skip
+    if GIVEN:
+        T = sizes[1]
+        row = i * TILE + tl.arange(0, TILE)[:, None]
+        column = j * TILE + tl.arange(0, TILE)[None, :]
+        products_ptr = operands[0] + (sample.to(tl.int64) * T + row) * T + column
+        a = tl.load(products_ptr, mask=(row < T) & (column < T), other=0.0)
+    else:
+        a = _gram(
+            operands[0], operands[2], sample, i * TILE, j * TILE, sizes[3], part, parts,
+            LAYOUTS[0], LAYOUTS[2], SAME, TMA, UPCAST, TILE, BLOCK,
+        )  # fmt: skip
     return a, g
 
 

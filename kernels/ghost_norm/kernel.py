@@ -50,8 +50,7 @@ def sums_kernel(
     left2_norms_ptr,
     right2_norms_ptr,
     out_ptr,
-    partials_ptr,
-    parts_ptr,
+    scratch_ptr,
     counters_ptr,
     samples,
     T,
@@ -71,6 +70,7 @@ def sums_kernel(
     whole,
     splits,
     LAYOUTS: tl.constexpr,
+    GIVEN: tl.constexpr,
     SYMMETRIC: tl.constexpr,
     ONE: tl.constexpr,
     TMA: tl.constexpr,
@@ -81,17 +81,17 @@ def sums_kernel(
     """Find the sums of `op.ghost_norm` (SYMMETRIC) or `op.ghost_product`.
 
     Args:
-        left_ptr: rows [B, T, m], 16-bit; see ``LAYOUTS``.
+        left_ptr: rows [B, T, m], 16-bit; see ``LAYOUTS``. If GIVEN: float32 [B, T, T].
         right_ptr: rows [B, T, n].
         left2_ptr: rows [B, S, m]; for SYMMETRIC, left.
         right2_ptr: rows [B, S, n]; for SYMMETRIC, right.
-        left_norms_ptr: float32 [B, T]; for SYMMETRIC, written here, and none of those below read.
+        left_norms_ptr: float32 [B, T]; for SYMMETRIC, norms are in the scratch memory.
         right_norms_ptr: float32 [B, T].
         left2_norms_ptr: float32 [B, S].
         right2_norms_ptr: float32 [B, S].
         out_ptr: float32 [sums, B].
-        partials_ptr: float32 [B, tiles, 4], unless ONE.
-        parts_ptr: float32 [split tiles, splits, 2, TILE, TILE].
+        scratch_ptr: float32: parts [split tiles, splits, 2, TILE, TILE] of tiles, their sums
+            [B, tiles, 4], and norms [2, B, T] for SYMMETRIC.
         counters_ptr: int32 zeros, unless ONE and there are no split tiles: of each sample, tiles of
             the diagonal whose norms are written; of each sample, tiles that are done; items that
             are taken; of each split tile, parts that are written.
@@ -113,6 +113,7 @@ def sums_kernel(
         whole: the first so many tiles of all samples are each made by one program.
         splits: others are made in so many parts, each of a part of their rows.
         LAYOUTS: of the four operands, whether rows are contiguous.
+        GIVEN: whether left's rows are multiplied by each other already.
         SYMMETRIC: whether there is one site or two.
         ONE: whether a sample has one tile.
         TMA: whether to read by tensor descriptors; else by pointers.
@@ -120,9 +121,12 @@ def sums_kernel(
         TILE: rows and columns of a tile.
         BLOCK: places of rows that are multiplied at once.
     """
-    left = describe(
-        left_ptr, samples, T, m, left_sample, left_outer, LAYOUTS[0], TMA, TILE, BLOCK
-    )
+    if GIVEN:
+        left = left_ptr
+    else:
+        left = describe(
+            left_ptr, samples, T, m, left_sample, left_outer, LAYOUTS[0], TMA, TILE, BLOCK
+        )
     right = describe(
         right_ptr, samples, T, n, right_sample, right_outer, LAYOUTS[1], TMA, TILE, BLOCK
     )
@@ -139,41 +143,81 @@ def sums_kernel(
         )
         tiles = blocks * blocks2
     operands = (left, right, left2, right2)
-    norms = (left_norms_ptr, right_norms_ptr, left2_norms_ptr, right2_norms_ptr)
-    written = (out_ptr, partials_ptr, parts_ptr, counters_ptr)
+    split_tiles = samples * tiles - whole
+    partials_ptr = scratch_ptr + split_tiles.to(tl.int64) * splits * (2 * TILE * TILE)
+    if SYMMETRIC:
+        left_norms_ptr = partials_ptr + samples.to(tl.int64) * tiles * 4
+        right_norms_ptr = left_norms_ptr + samples.to(tl.int64) * T
+        norms = (left_norms_ptr, right_norms_ptr, left_norms_ptr, right_norms_ptr)
+    else:
+        norms = (left_norms_ptr, right_norms_ptr, left2_norms_ptr, right2_norms_ptr)
+    written = (out_ptr, partials_ptr, scratch_ptr, counters_ptr)
     sizes = (samples, T, S, m, n, blocks, tiles)
     factors = (left_factor, right_factor)
 
-    items = whole + (samples * tiles - whole) * splits
+    items = whole + split_tiles * splits
+    turns = items
+    if SYMMETRIC and not ONE:
+        # Programs whose tiles were quick take up to two more than their share.
+        turns += 2 * tl.num_programs(0)
     # What moves out of this loop would stay in registers, of which there are none left.
-    for turn in tl.range(tl.program_id(0), items, tl.num_programs(0), disable_licm=True):
+    for turn in tl.range(tl.program_id(0), turns, tl.num_programs(0), disable_licm=True):
         item = turn
         if SYMMETRIC and not ONE:
             # Items are taken in order: somebody is at work on those that this one waits for.
             item = tl.atomic_add(counters_ptr + 2 * samples, 1, sem="relaxed")
-        tile = tl.minimum(item, whole) + tl.maximum(item - whole, 0) // splits
-        place = tile % tiles
-        if SYMMETRIC:
-            # All pairs: (0, 0), (1, 1), ..., (0, 1), (1, 2), ..., (last, 0), (0, 2), ...
-            i = place % blocks
-            j = (i + place // blocks) % blocks
-        else:
-            i, j = place // blocks2, place % blocks2
-        where = (tile, tile // tiles, i, j)
-        # Branches end with numbers: if they left their sums to common code, these would be moved,
-        # and each product would wait for the one before it.
-        if item >= whole:
-            _part(
-                operands, norms, written, sizes, factors, where,
-                tile - whole, (item - whole) % splits, splits,
-                LAYOUTS, SYMMETRIC, ONE, TMA, UPCAST, TILE, BLOCK,
+        if item < items:
+            _item(
+                operands, norms, written, sizes, factors, item, whole, splits, blocks2,
+                LAYOUTS, GIVEN, SYMMETRIC, ONE, TMA, UPCAST, TILE, BLOCK,
             )  # fmt: skip
-        elif SYMMETRIC and (ONE or i == j):
-            a, g = grams(operands, sizes, where, 0, 1, LAYOUTS, True, TMA, UPCAST, TILE, BLOCK)
-            _sums(a, g, norms, written, sizes, factors, where, SYMMETRIC, ONE, TILE)
-        else:
-            a, g = grams(operands, sizes, where, 0, 1, LAYOUTS, False, TMA, UPCAST, TILE, BLOCK)
-            _sums(a, g, norms, written, sizes, factors, where, SYMMETRIC, ONE, TILE)
+
+
+@triton.jit
+def _item(
+    operands,
+    norms,
+    written,
+    sizes,
+    factors,
+    item,
+    whole,
+    splits,
+    blocks2,
+    LAYOUTS: tl.constexpr,
+    GIVEN: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    ONE: tl.constexpr,
+    TMA: tl.constexpr,
+    UPCAST: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Make a tile or a part of one, and its sums."""
+    blocks, tiles = sizes[5], sizes[6]
+    tile = tl.minimum(item, whole) + tl.maximum(item - whole, 0) // splits
+    place = tile % tiles
+    if SYMMETRIC:
+        # All pairs: (0, 0), (1, 1), ..., (0, 1), (1, 2), ..., (last, 0), (0, 2), ...
+        i = place % blocks
+        j = (i + place // blocks) % blocks
+    else:
+        i, j = place // blocks2, place % blocks2
+    where = (tile, tile // tiles, i, j)
+    # Branches end with numbers: if they left their sums to common code, these would be moved,
+    # and each product would wait for the one before it.
+    if not GIVEN and item >= whole:
+        _part(
+            operands, norms, written, sizes, factors, where,
+            tile - whole, (item - whole) % splits, splits,
+            LAYOUTS, SYMMETRIC, ONE, TMA, UPCAST, TILE, BLOCK,
+        )  # fmt: skip
+    elif SYMMETRIC and (ONE or i == j):
+        a, g = grams(operands, sizes, where, 0, 1, LAYOUTS, GIVEN, True, TMA, UPCAST, TILE, BLOCK)
+        _sums(a, g, norms, written, sizes, factors, where, SYMMETRIC, ONE, TILE)
+    else:
+        a, g = grams(operands, sizes, where, 0, 1, LAYOUTS, GIVEN, False, TMA, UPCAST, TILE, BLOCK)
+        _sums(a, g, norms, written, sizes, factors, where, SYMMETRIC, ONE, TILE)
 
 
 @triton.jit
@@ -197,8 +241,9 @@ def _part(
 ):
     """Make a part of a tile; whoever is last adds up all parts, in order."""
     a, g = grams(
-        operands, sizes, where, part, parts, LAYOUTS, SYMMETRIC and ONE, TMA, UPCAST, TILE, BLOCK
-    )
+        operands, sizes, where, part, parts,
+        LAYOUTS, False, SYMMETRIC and ONE, TMA, UPCAST, TILE, BLOCK,
+    )  # fmt: skip
     SIZE: tl.constexpr = TILE * TILE
     entry = tl.arange(0, TILE)[:, None] * TILE + tl.arange(0, TILE)[None, :]
     parts_ptr = written[2] + split_tile.to(tl.int64) * parts * (2 * SIZE) + entry

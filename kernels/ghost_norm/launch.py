@@ -11,6 +11,9 @@ from torch import Tensor
 
 from flashnorm_compile.kernels.ghost_norm import kernel, reference
 
+# Numbers of 16 bits that make up 16 bytes.
+VECTOR = 8
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -32,20 +35,28 @@ class Tile:
 
 
 # By the number of tokens: the first that holds them all, or the last. The last one's two sums take
-# 128 registers of each thread: nothing else fits beside it. Tiles of 64 rows would read twice as
-# much from the L2 cache, more than it gives. Below 64 rows reading all operands once is what
-# takes time; small tiles leave room for many programs, whose reads wait side by side.
+# 128 registers of each thread: nothing else fits beside it. Tiles of 64 rows read twice as much
+# from the L2 cache, more than it gives. Below 64 rows reading all operands once is what takes
+# time; small tiles leave room for many programs, whose reads wait side by side.
 TILES = (
-    Tile(16, 128, 1, 4, 14),
+    Tile(16, 128, 1, 4, 8),
     Tile(32, 128, 2, 4, 7),
     Tile(64, 64, 4, 5, 3),
     Tile(128, 64, 8, 5, 1),
 )
 
-# To write a part of a tile's sums, and to read it, takes as long as to multiply rows of some 600.
-SPLIT_WIDTH = 1024
+# To write a part of a tile's sums, and to read it, takes as long as to multiply rows of some 1500: on
+# an H100, 132 + 60 tiles of rows of 3840 took 77 µs whole, and 83 µs with the last 60 in halves.
+SPLIT_WIDTH = 2048
 # One program reads all parts of a tile.
 MAX_SPLITS = 16
+
+
+# Longer rows of left are multiplied by the library. Programs that read the same rows drift apart on
+# the way, until the L2 cache does not hold what they share: on an H100 with T = 1024 and 50264
+# places the kernel took 3.6 ms, two products and sums by the library 2.6 ms; with T = 512 and 32000
+# places, 0.35 and 0.40 ms.
+LONG_WIDTH = 2**15
 
 
 @dataclass(frozen=True)
@@ -69,14 +80,55 @@ class Device:
 INTERPRETER = Device(processors=3, descriptors=True, hopper=True, interpreted=True)
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How rows [B, T, width] lie in memory.
+
+    Attributes:
+        sample: stride of samples.
+        outer: stride of rows or, if rows lie side by side, of places in them.
+        contiguous: whether rows are contiguous.
+        copied: whether the kernel cannot read the rows where they are.
+    """
+
+    sample: int
+    outer: int
+    contiguous: bool
+    copied: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All of a launch that follows from sizes and strides.
+
+    Attributes:
+        layouts: of left, right, left2 and right2.
+        tile: the size of tiles.
+        one: whether a sample has one tile.
+        given: whether left's rows are multiplied by each other before.
+        whole: the first so many tiles are made by one program each.
+        splits: the others are made in so many parts.
+        programs: how many are started.
+        scratch: float32 numbers.
+        counters: int32 zeros; 0 if there are none.
+    """
+
+    layouts: tuple[Layout, ...]
+    tile: Tile
+    one: bool
+    given: bool
+    whole: int
+    splits: int
+    programs: int
+    scratch: int
+    counters: int
+
+
 def ghost_norm(left: Tensor, right: Tensor, left_error: float, right_error: float) -> Tensor:
     """`op.ghost_norm` for CUDA tensors. Does not synchronise with the host."""
     if 0 in (*left.shape, right.shape[2]):
         return reference.ghost_norm(left, right, left_error, right_error).float()
-    rows = left.mT, right
-    # Written by the kernel.
-    norms = tuple(left.new_empty(right.shape[:2], dtype=torch.float32) for _ in rows)
-    return _launch((*rows, *rows), norms * 2, (1 + 2 * left_error, 1 + 2 * right_error))
+    return _launch((left.mT, right), None, (1 + 2 * left_error, 1 + 2 * right_error))
 
 
 def ghost_product(
@@ -94,74 +146,89 @@ def ghost_product(
     if 0 in (*left.shape, *right2.shape):
         return reference.ghost_product(left, right, left2, right2, *norms).float()
     rows = left.mT, right, left2.mT, right2
-    return _launch(rows, tuple(x.contiguous() for x in norms), None)
+    return _launch(rows, tuple(x.contiguous() for x in norms), (0.0, 0.0))
 
 
 def _launch(
-    rows: tuple[Tensor, Tensor, Tensor, Tensor],
-    norms: tuple[Tensor, ...],
-    factors: tuple[float, float] | None,
+    rows: tuple[Tensor, ...], norms: tuple[Tensor, ...] | None, factors: tuple[float, float]
 ) -> Tensor:
-    """Start `kernel.sums_kernel` on rows [B, T, m], [B, T, n], [B, S, m] and [B, S, n].
+    """Start `kernel.sums_kernel` on rows [B, T, m] and [B, T, n], and [B, S, m] and [B, S, n].
 
-    Without ``factors`` the norms are there; with them, the second two operands are the first two.
+    Without ``norms`` there are the first two operands only.
     """
-    (samples, tokens, m), (_, tokens2, n) = rows[0].shape, rows[3].shape
-    symmetric = factors is not None
-    device = _device(rows[0].device)
-    tile = _tile(max(tokens, tokens2))
-    blocks, blocks2 = triton.cdiv(tokens, tile.rows), triton.cdiv(tokens2, tile.rows)
-    tiles = blocks * (blocks + 1) // 2 if symmetric else blocks * blocks2
-    # Two operands take twice the shared memory of one.
-    per_processor = tile.per_processor if symmetric else max(1, tile.per_processor // 2)
-    programs = device.processors * per_processor
-    whole, splits = _split(samples * tiles, programs, m + n)
-    split = samples * tiles - whole
-
-    def scratch(size: int) -> Tensor:
-        return rows[0].new_empty(size, dtype=torch.float32)
-
-    out = rows[0].new_empty((4 if symmetric else 3, samples), dtype=torch.float32)
-    one = tiles == 1
-    partials = out if one else scratch(samples * tiles * 4)
-    parts = scratch(split * splits * 2 * tile.rows**2) if split else out
-    if one and not split:
-        counters = rows[0].new_empty(1, dtype=torch.int32)
-    else:
-        counters = rows[0].new_zeros(2 * samples + 1 + split, dtype=torch.int32)
-    described = [_described(x, device.descriptors) for x in rows[: 2 if symmetric else 4]]
-    described = described * 2 if symmetric else described
+    first = rows[0]
+    device = _device(first.device)
+    lies = tuple((x.shape, x.stride(), x.data_ptr() % 16 == 0) for x in rows)
+    # Made once: a step has many layers of one shape.
+    plan = _plan(lies, device)
+    layouts = plan.layouts
+    if any(layout.copied for layout in layouts):
+        rows = tuple(_copy(x, y) for x, y in zip(rows, layouts[: len(rows)], strict=True))
+    (samples, tokens, m), (_, tokens2, n) = lies[0][0], lies[-1][0]
+    if plan.given:
+        rows = _products(rows[0]), rows[1]
+    out = first.new_empty((3 if norms else 4, samples), dtype=torch.float32)
+    scratch = first.new_empty(plan.scratch, dtype=torch.float32)
+    counters = first.new_zeros(plan.counters, dtype=torch.int32)
     with torch.cuda.device_of(out):
         if device.descriptors and not device.interpreted:
             # Of the calling thread, and of nothing else: the backward has threads of its own.
             triton.set_allocator(_allocate)
-        kernel.sums_kernel[(min(whole + split * splits, programs),)](
-            *(x for x, *_ in described),
-            *norms,
+        kernel.sums_kernel[(plan.programs,)](
+            *(rows if norms else rows * 2),
+            *(norms or (scratch,) * 4),
             out,
-            partials,
-            parts,
+            scratch,
             counters,
             samples,
             tokens,
             tokens2,
             m,
             n,
-            *(x for _, sample, outer, _ in described for x in (sample, outer)),
-            *(factors or (0.0, 0.0)),
-            whole,
-            splits,
-            LAYOUTS=tuple(row_major for *_, row_major in described),
-            SYMMETRIC=symmetric,
-            ONE=one,
+            *(stride for layout in layouts for stride in (layout.sample, layout.outer)),
+            *factors,
+            plan.whole,
+            plan.splits,
+            LAYOUTS=tuple(layout.contiguous for layout in layouts),
+            GIVEN=plan.given,
+            SYMMETRIC=norms is None,
+            ONE=plan.one,
             TMA=device.descriptors,
             UPCAST=device.interpreted,
-            TILE=tile.rows,
-            BLOCK=tile.width,
-            num_warps=tile.warps,
-            num_stages=tile.stages if device.hopper else min(tile.stages, 3),
+            TILE=plan.tile.rows,
+            BLOCK=plan.tile.width,
+            num_warps=plan.tile.warps,
+            num_stages=plan.tile.stages if device.hopper else min(plan.tile.stages, 3),
         )
     return out
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(lies: tuple[tuple[torch.Size, tuple[int, ...], bool], ...], device: Device) -> Plan:
+    """Plan a launch for operands of these shapes and strides, 16-byte aligned or not."""
+    (samples, tokens, m), (_, tokens2, n) = lies[0][0], lies[-1][0]
+    symmetric = len(lies) == 2
+    layouts = tuple(_layout(*each, device.descriptors) for each in lies)
+    tile = _tile(max(tokens, tokens2))
+    blocks, blocks2 = triton.cdiv(tokens, tile.rows), triton.cdiv(tokens2, tile.rows)
+    tiles = blocks * (blocks + 1) // 2 if symmetric else blocks * blocks2
+    # Two operands take twice the shared memory of one.
+    per_processor = tile.per_processor if symmetric else max(1, tile.per_processor // 2)
+    programs = device.processors * per_processor
+    given = symmetric and tiles > 1 and m > LONG_WIDTH
+    whole, splits = _split(samples * tiles, programs, 0 if given else m + n)
+    split = samples * tiles - whole
+    return Plan(
+        layouts=layouts * 2 if symmetric else layouts,
+        tile=tile,
+        one=tiles == 1,
+        given=given,
+        whole=whole,
+        splits=splits,
+        programs=min(whole + split * splits, programs),
+        scratch=split * splits * 2 * tile.rows**2 + samples * (4 * tiles + 2 * tokens),
+        counters=0 if tiles == 1 and not split else 2 * samples + 1 + split,
+    )
 
 
 def _tile(tokens: int) -> Tile:
@@ -178,39 +245,51 @@ def _split(tiles: int, programs: int, width: int) -> tuple[int, int]:
     return (tiles - rest, splits) if splits > 1 else (tiles, 1)
 
 
-def _described(x: Tensor, descriptors: bool) -> tuple[Tensor, int, int, bool]:
-    """Return rows [B, T, width] as the kernel reads them: strides, and whether rows are contiguous.
+def _layout(
+    shape: torch.Size, stride: tuple[int, ...], aligned: bool, descriptors: bool
+) -> Layout:
+    """Say how the kernel reads rows [B, T, width].
 
-    The strides are those of samples, and of rows or, if rows lie side by side, of places. One dim
-    must be contiguous and all else multiples of 16 bytes (without descriptors, the contiguous
-    dim's size as well). What is not (a vocabulary of 50257) is copied: to read it entry by entry
-    would take several times as long.
+    One dim must be contiguous and all else multiples of 16 bytes (without descriptors, the
+    contiguous dim's size as well). What is not (a vocabulary of 50257) is copied: to read it entry
+    by entry would take several times as long.
     """
-    samples, tokens, width = x.shape
-    sample, token, place = x.stride()
-    vector = 16 // x.element_size()
-    if x.data_ptr() % 16 == 0:
-        for contiguous, inner, outer, inner_size, outer_size in (
-            (True, place, token, width, tokens),
-            (False, token, place, tokens, width),
-        ):
-            # Strides of dims of size 1 mean nothing; they are replaced by some that serve.
-            inner = 1 if inner_size == 1 else inner
-            outer = _round_up(inner_size, vector) if outer_size == 1 else outer
-            each = outer * outer_size if samples == 1 else sample
-            multiples = (outer, each) if descriptors else (outer, each, inner_size)
-            if inner == 1 and all(size > 0 and size % vector == 0 for size in multiples):
-                return x, each, outer, contiguous
-    outer = _round_up(width, vector)
+    (samples, tokens, width), (sample, token, place) = shape, stride
+    for contiguous, inner, outer, inner_size, outer_size in (
+        (True, place, token, width, tokens),
+        (False, token, place, tokens, width),
+    ):
+        # Strides of dims of size 1 mean nothing; they are replaced by some that serve.
+        inner = 1 if inner_size == 1 else inner
+        outer = _round_up(inner_size) if outer_size == 1 else outer
+        each = outer * outer_size if samples == 1 else sample
+        multiples = (outer, each) if descriptors else (outer, each, inner_size)
+        if aligned and inner == 1 and all(x > 0 and x % VECTOR == 0 for x in multiples):
+            return Layout(each, outer, contiguous, False)
+    outer = _round_up(width)
+    return Layout(tokens * outer, outer, True, True)
+
+
+def _copy(x: Tensor, layout: Layout) -> Tensor:
+    """Copy rows to where the kernel can read them, with zeros up to a multiple of 16 bytes."""
+    if not layout.copied:
+        return x
+    (samples, tokens, width), outer = x.shape, layout.outer
     copy = x.new_empty((samples, tokens, outer))
     copy[..., :width].copy_(x)
-    if outer > width and not descriptors:
-        copy[..., width:].zero_()
-    return copy, tokens * outer, outer, True
+    copy[..., width:].zero_()
+    return copy
 
 
-def _round_up(a: int, b: int) -> int:
-    return triton.cdiv(a, b) * b
+def _products(rows: Tensor) -> Tensor:
+    """Multiply all rows of a sample by each other: [B, T, width] to float32 [B, T, T]."""
+    if not rows.is_cuda:
+        return rows.float() @ rows.float().mT
+    return torch.bmm(rows, rows.mT, out_dtype=torch.float32)
+
+
+def _round_up(size: int) -> int:
+    return triton.cdiv(size, VECTOR) * VECTOR
 
 
 def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
