@@ -10,7 +10,7 @@ import pytest
 import torch
 from interpreter import run_interpreted
 
-from flashnorm_compile.kernels.ghost_norm import ghost_norm, ghost_product, reference
+from flashnorm_compile.kernels.ghost_norm import ghost_norm, ghost_product, planning, reference
 from flashnorm_compile.passes.sites import rounding
 
 HALF = (torch.bfloat16, torch.float16)
@@ -138,15 +138,15 @@ def check_kernel(device: str) -> None:
     # Tiles that are left over in many parts; memory read by pointers.
     found = launch._device(torch.device(device))
     pointers = dataclasses.replace(found, descriptors=False)
-    launch._plan.cache_clear()
-    with mock.patch.object(launch, "SPLIT_WIDTH", 32):
+    planning.plan.cache_clear()
+    with mock.patch.object(planning, "SPLIT_WIDTH", 32):
         check_sizes(launch, device)
     # Products of long rows by the library.
-    launch._plan.cache_clear()
-    with mock.patch.object(launch, "LONG_WIDTH", 64):
+    planning.plan.cache_clear()
+    with mock.patch.object(planning, "LONG_WIDTH", 64):
         check_sizes(launch, device)
         check_others_stay(launch, device)
-    launch._plan.cache_clear()
+    planning.plan.cache_clear()
     with mock.patch.object(launch, "_device", return_value=pointers):
         check_layouts(launch, device)
 
@@ -156,7 +156,6 @@ def test_kernel_equals_reference_in_the_interpreter():
     run_interpreted("import test_ghost_norm_kernel as t; t.check_kernel('cpu')")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 @pytest.mark.parametrize(
     ("tiles", "width", "expected"),
     [
@@ -169,9 +168,7 @@ def test_kernel_equals_reference_in_the_interpreter():
     ],
 )
 def test_tiles_of_the_last_round_are_split_if_that_pays(tiles, width, expected):
-    from flashnorm_compile.kernels.ghost_norm import launch
-
-    assert launch._split(tiles, 132, width) == expected
+    assert planning._split(tiles, 132, width) == expected
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -23,7 +23,7 @@ import harness
 import torch
 from torch import Tensor
 
-from flashnorm_compile.kernels.ghost_norm import op, reference
+from flashnorm_compile.kernels.ghost_norm import op, planning, reference
 
 GPT2 = ((2304, 768), (768, 768), (3072, 768), (768, 3072))
 DECODER = ((6144, 2048), (2048, 2048), (8192, 2048), (2048, 8192), (32000, 2048))
@@ -108,10 +108,10 @@ def variant(name: str) -> Iterator[None]:
         with mock.patch.object(launch, "_device", return_value=pointers):
             yield
     else:
-        launch._plan.cache_clear()
-        with mock.patch.object(launch, "SPLIT_WIDTH", 2**31):
+        planning.plan.cache_clear()
+        with mock.patch.object(planning, "SPLIT_WIDTH", 2**31):
             yield
-        launch._plan.cache_clear()
+        planning.plan.cache_clear()
 
 
 def measure(

@@ -2,8 +2,8 @@
 
 From the columns l_t of ``left_b`` [m, T] and the rows r_t of ``right_b`` [T, n], whose product
 Σ_t l_t r_tᵀ is one sample's gradient, they find sums over all pairs of tokens, without the product
-and, on a GPU, without writing the Gram matrices (l_t·l_s) and (r_t·r_s); only that of a left operand
-as wide as a large vocabulary is written.
+and, on a GPU, without writing the Gram matrices (l_t·l_s) and (r_t·r_s): only the first, and only
+where left is as wide as a large vocabulary.
 
 Precision: products of 16-bit numbers are exact and are added up in float32 by the tensor cores, the
 sum over pairs in float32 too. Its error stays below 2⁻¹⁸ of the sum of absolute values: after the

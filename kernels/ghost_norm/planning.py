@@ -1,0 +1,195 @@
+"""What a launch does: tiles, which of them are split, and how operands are read."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+# Numbers of 16 bits that make up 16 bytes.
+VECTOR = 8
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one program works on at a time.
+
+    Attributes:
+        rows: rows and columns of a tile.
+        width: entries of rows that are multiplied at once.
+        warps: per program.
+        stages: how many steps of ``width`` are in shared memory, at most.
+        per_processor: programs that fit on one multiprocessor.
+    """
+
+    rows: int
+    width: int
+    warps: int
+    stages: int
+    per_processor: int
+
+
+# By the number of tokens: the first that holds them all, or the last. The last one's two sums take
+# 128 registers of each thread: nothing else fits beside it. Tiles of 64 rows read twice as much
+# from the L2 cache, more than it gives. Below 64 rows reading all operands once is what takes
+# time; small tiles leave room for many programs, whose reads wait side by side.
+TILES = (
+    Tile(16, 128, 1, 4, 8),
+    Tile(32, 128, 2, 4, 7),
+    Tile(64, 64, 4, 5, 3),
+    Tile(128, 64, 8, 5, 1),
+)
+
+# To write a part of a tile's sums, and to read it, takes as long as to multiply rows of some 1500:
+# on an H100, 132 + 60 tiles of rows of 3840 took 77 µs whole, and 83 µs with the last 60 in halves.
+SPLIT_WIDTH = 2048
+# One program reads all parts of a tile.
+MAX_SPLITS = 16
+
+
+# Longer rows of left are multiplied by the library. Programs that read the same rows drift apart on
+# the way, until the L2 cache does not hold what they share: on an H100 with T = 1024 and 50264
+# places the kernel took 3.6 ms, two products and sums by the library 2.6 ms; with T = 512 and 32000
+# places, 0.35 and 0.40 ms.
+LONG_WIDTH = 2**15
+
+
+@dataclass(frozen=True)
+class Device:
+    """What counts of a GPU.
+
+    Attributes:
+        processors: multiprocessors.
+        descriptors: whether it reads memory by tensor descriptors.
+        hopper: whether it has the shared memory of Hopper or of data centres' Blackwell.
+        interpreted: the CPU, on which Triton interprets.
+    """
+
+    processors: int
+    descriptors: bool
+    hopper: bool
+    interpreted: bool = False
+
+
+# Few processors, so that programs go through several tiles, and split others.
+INTERPRETER = Device(processors=3, descriptors=True, hopper=True, interpreted=True)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How rows [B, T, width] lie in memory.
+
+    Attributes:
+        sample: stride of samples.
+        outer: stride of rows or, if rows lie side by side, of places in them.
+        contiguous: whether rows are contiguous.
+        copied: whether the kernel cannot read the rows where they are.
+    """
+
+    sample: int
+    outer: int
+    contiguous: bool
+    copied: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All of a launch that follows from sizes and strides.
+
+    Attributes:
+        layouts: of left, right, left2 and right2.
+        tile: the size of tiles.
+        one: whether a sample has one tile.
+        given: whether left's rows are multiplied by each other before.
+        whole: the first so many tiles are made by one program each.
+        splits: the others are made in so many parts.
+        programs: how many are started.
+        scratch: float32 numbers.
+        counters: int32 zeros; 0 if there are none.
+    """
+
+    layouts: tuple[Layout, ...]
+    tile: Tile
+    one: bool
+    given: bool
+    whole: int
+    splits: int
+    programs: int
+    scratch: int
+    counters: int
+
+
+@functools.lru_cache(maxsize=4096)
+def plan(lies: tuple[tuple[torch.Size, tuple[int, ...], bool], ...], device: Device) -> Plan:
+    """Plan a launch for operands of these shapes and strides, 16-byte aligned or not."""
+    (samples, tokens, m), (_, tokens2, n) = lies[0][0], lies[-1][0]
+    symmetric = len(lies) == 2
+    layouts = tuple(_layout(*each, device.descriptors) for each in lies)
+    tile = _tile(max(tokens, tokens2))
+    blocks, blocks2 = _cdiv(tokens, tile.rows), _cdiv(tokens2, tile.rows)
+    tiles = blocks * (blocks + 1) // 2 if symmetric else blocks * blocks2
+    # Two operands take twice the shared memory of one.
+    per_processor = tile.per_processor if symmetric else max(1, tile.per_processor // 2)
+    programs = device.processors * per_processor
+    given = symmetric and tiles > 1 and m > LONG_WIDTH
+    whole, splits = _split(samples * tiles, programs, 0 if given else m + n)
+    split = samples * tiles - whole
+    return Plan(
+        layouts=layouts * 2 if symmetric else layouts,
+        tile=tile,
+        one=tiles == 1,
+        given=given,
+        whole=whole,
+        splits=splits,
+        programs=min(whole + split * splits, programs),
+        scratch=split * splits * 2 * tile.rows**2 + samples * (4 * tiles + 2 * tokens),
+        counters=0 if tiles == 1 and not split else 2 * samples + 1 + split,
+    )
+
+
+def _tile(tokens: int) -> Tile:
+    return next((tile for tile in TILES if tile.rows >= tokens), TILES[-1])
+
+
+def _split(tiles: int, programs: int, width: int) -> tuple[int, int]:
+    """Return how many tiles are made as a whole, and in how many parts each other is.
+
+    If few tiles are left for the last round of all programs, they are cut along their rows.
+    """
+    rest = tiles % programs
+    splits = min(programs // rest, width // SPLIT_WIDTH, MAX_SPLITS) if rest else 1
+    return (tiles - rest, splits) if splits > 1 else (tiles, 1)
+
+
+def _layout(
+    shape: torch.Size, stride: tuple[int, ...], aligned: bool, descriptors: bool
+) -> Layout:
+    """Say how the kernel reads rows [B, T, width].
+
+    One dim must be contiguous and all else multiples of 16 bytes (without descriptors, the
+    contiguous dim's size as well). What is not (a vocabulary of 50257) is copied: to read it entry
+    by entry would take several times as long.
+    """
+    (samples, tokens, width), (sample, token, place) = shape, stride
+    for contiguous, inner, outer, inner_size, outer_size in (
+        (True, place, token, width, tokens),
+        (False, token, place, tokens, width),
+    ):
+        # Strides of dims of size 1 mean nothing; they are replaced by some that serve.
+        inner = 1 if inner_size == 1 else inner
+        outer = _round_up(inner_size) if outer_size == 1 else outer
+        each = outer * outer_size if samples == 1 else sample
+        multiples = (outer, each) if descriptors else (outer, each, inner_size)
+        if aligned and inner == 1 and all(x > 0 and x % VECTOR == 0 for x in multiples):
+            return Layout(each, outer, contiguous, False)
+    outer = _round_up(width)
+    return Layout(tokens * outer, outer, True, True)
+
+
+def _round_up(size: int) -> int:
+    return _cdiv(size, VECTOR) * VECTOR
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
