@@ -18,10 +18,9 @@ from flashnorm_compile.kernels.noise.reference import BLOCK_HIGH_BITS
 # Tensors of one launch: a call is cut into the longest of these, and its rest is padded to the
 # next, so that few variants are compiled. 32 records take 1.5 of the 4 KiB a launch may pass.
 CHUNK_LENGTHS = (1, 8, 32)
-# By the rows read at once (one, if there is only one). A thread holds 4 neighbouring elements,
-# which are 16 bytes of float32 and one Philox block: of 8 rows, or of 2 places in the only row.
+# Of 8 rows at once a thread holds the same 16 bytes of each, so that no sum crosses threads; of the
+# only row two Philox blocks, of 4 elements each.
 ROWS_PER_STEP = 8
-QUADS_PER_STEP = {1: 256, ROWS_PER_STEP: 128}
 # To find its tensor costs a program of 32 tensors about as much as a step with one row.
 STEPS_PER_PROGRAM = {1: 16, ROWS_PER_STEP: 2}
 NUM_WARPS = 4
@@ -82,7 +81,7 @@ def _launch(
 ) -> None:
     """Release a chunk of tensors, none of them empty."""
     rows_per_step = 1 if rows == 1 else ROWS_PER_STEP
-    quads, steps = QUADS_PER_STEP[rows_per_step], STEPS_PER_PROGRAM[rows_per_step]
+    quads, steps = quads_per_step(rows_per_step, dtype), STEPS_PER_PROGRAM[rows_per_step]
     programs = 0
     records: list[tuple[int, ...]] = []
     for x, out, stream in tensors:
@@ -110,6 +109,12 @@ def _launch(
         ROWS=rows_per_step,
         num_warps=NUM_WARPS,
     )
+
+
+def quads_per_step(rows_per_step: int, dtype: torch.dtype) -> int:
+    """Return how many Philox blocks a program makes at once."""
+    per_thread = 2 if rows_per_step == 1 else max(1, 4 // dtype.itemsize)
+    return 32 * NUM_WARPS * per_thread
 
 
 def _code(value: int) -> int:
@@ -164,22 +169,38 @@ def _release_kernel(
 
     begin = (program - start) * STEPS * QUADS
     end = tl.minimum(begin + STEPS * QUADS, (numel + 3) // 4)
+    if ROWS == 1:
+        weight = tl.load(weights_ptr + tl.arange(0, 1))
     for first in range(begin, end, QUADS):
         element = first * 4 + tl.arange(0, 4 * QUADS)
         # A mask that may end anywhere makes the compiler read and write single elements.
         whole = (first + QUADS) * 4 <= numel
         if whole:
             inside = element >= 0
-            total = _weighted_sum(samples_ptr, weights_ptr, rows, row_stride, element, inside, ROWS)
+            if ROWS == 1:
+                total = tl.load(samples_ptr + element, mask=inside & (weight != 0.0), other=0.0)
+            else:
+                total = _weighted_sum(
+                    samples_ptr, weights_ptr, rows, row_stride, element, inside, ROWS
+                )
         else:
             inside = element < numel
-            total = _weighted_sum(samples_ptr, weights_ptr, rows, row_stride, element, inside, ROWS)
+            if ROWS == 1:
+                total = tl.load(samples_ptr + element, mask=inside & (weight != 0.0), other=0.0)
+            else:
+                total = _weighted_sum(
+                    samples_ptr, weights_ptr, rows, row_stride, element, inside, ROWS
+                )
 
         noise = tl.zeros((4 * QUADS,), tl.float32)
         if noise_scale != 0.0:
             block = first + tl.arange(0, QUADS)
             z0, z1, z2, z3 = _normals(block, seed, release, stream, BLOCK_HIGH_BITS)
             noise = tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3)) * noise_scale
+        if ROWS == 1:
+            # Only now: the noise is made while the row is on its way.
+            compute: tl.constexpr = tl.float64 if tl.float64 == DTYPE else tl.float32
+            total = total.to(compute) * weight.to(compute)
         result = ((total + noise) * inv_expected_batch_size).to(OUT_DTYPE)
 
         if whole:
@@ -232,22 +253,19 @@ def _weighted_sum(
     inside,
     ROWS: tl.constexpr,
 ):
-    """Return the sum over rows of the elements that are inside."""
+    """Return the sum over rows of the elements that are inside.
+
+    Samples of weight 0 are not even loaded, here and above: 0·NaN is NaN.
+    """
     compute: tl.constexpr = tl.float64 if samples_ptr.dtype.element_ty == tl.float64 else tl.float32
-    # Samples of weight 0 are not even loaded: 0·NaN is NaN.
-    if ROWS == 1:
-        weight = tl.load(weights_ptr + tl.arange(0, 1))
-        value = tl.load(samples_ptr + element, mask=inside & (weight != 0.0), other=0.0)
-        return value.to(compute) * weight.to(compute)
-    else:
-        total = tl.zeros(element.shape, compute)
-        for start in range(0, rows, ROWS):
-            row = start + tl.arange(0, ROWS)
-            weight = tl.load(weights_ptr + row, mask=row < rows, other=0.0)
-            value = tl.load(
-                samples_ptr + row.to(tl.int64)[:, None] * row_stride + element[None, :],
-                mask=(weight != 0.0)[:, None] & inside[None, :],
-                other=0.0,
-            )
-            total += tl.sum(value.to(compute) * weight.to(compute)[:, None], axis=0)
-        return total
+    total = tl.zeros(element.shape, compute)
+    for start in range(0, rows, ROWS):
+        row = start + tl.arange(0, ROWS)
+        weight = tl.load(weights_ptr + row, mask=row < rows, other=0.0)
+        value = tl.load(
+            samples_ptr + row.to(tl.int64)[:, None] * row_stride + element[None, :],
+            mask=(weight != 0.0)[:, None] & inside[None, :],
+            other=0.0,
+        )
+        total += tl.sum(value.to(compute) * weight.to(compute)[:, None], axis=0)
+    return total
