@@ -66,15 +66,21 @@ _DEPTH = 6
 _NO_BATCHES = (torch.nn.Module, torch.optim.Optimizer, type, ModuleType)
 
 
-def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """Walk the tensors and arrays in dicts, lists, tuples and attributes: (path, tensor)."""
+def leaves(
+    value: Any, path: tuple[Any, ...] = (), *, arrays: bool = True
+) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Walk the tensors and arrays in dicts, lists, tuples and attributes: (path, tensor).
+
+    An array's tensor is a new one, over the same memory.
+    """
     if len(path) > _DEPTH:
         return
     if isinstance(value, torch.Tensor):
         yield path, value
         return
     if getattr(getattr(value, "dtype", None), "kind", "") in tuple("biufc"):
-        yield path, torch.as_tensor(value)
+        if arrays:
+            yield path, torch.as_tensor(value)
         return
     children: Any = ()
     if isinstance(value, Mapping):
@@ -84,7 +90,7 @@ def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, 
     elif not callable(value) and not isinstance(value, _NO_BATCHES):
         children = getattr(value, "__dict__", {}).items()
     for key, child in children:
-        yield from leaves(child, (*path, key))
+        yield from leaves(child, (*path, key), arrays=arrays)
 
 
 def _spans(value: Any) -> Iterator[tuple[int, int]]:

@@ -19,7 +19,14 @@ from flashnorm_compile.optimizers import guard_optimizers
 from flashnorm_compile.options import Options
 from flashnorm_compile.passes.pipeline import Request
 from flashnorm_compile.passes.state_writes import StateWrites
-from flashnorm_compile.roles import Role, Roles, assign_roles, may_hold_samples, user_name
+from flashnorm_compile.roles import (
+    Role,
+    Roles,
+    arguments_with_samples,
+    assign_roles,
+    may_hold_samples,
+    user_name,
+)
 from flashnorm_compile.runtime import PrivateGraph, StepState
 
 # torch.compile hands the same options object to the backend for every graph of a function; their
@@ -112,7 +119,7 @@ def compile_graph(
             roles = assign_roles(gm.graph, frame, state.options.in_dims)
         except PrivacyError as error:
             raise _with_break(error) from error
-        _make_batch_symbolic(gm, roles)
+        _make_batch_symbolic(gm, roles, frame, state.options.in_dims)
         refuse_kept_samples(gm, roles)
         compiled = _compile_training(gm, inputs, roles, state, mode)
         return checked_each_call(*roles.positions(), compiled)
@@ -164,7 +171,9 @@ def _watch_writes(gm: fx.GraphModule, frame: _torch.Frame, in_dims: Any) -> Stat
     return StateWrites(samples, state, names)
 
 
-def _make_batch_symbolic(gm: fx.GraphModule, roles: Roles) -> None:
+def _make_batch_symbolic(
+    gm: fx.GraphModule, roles: Roles, frame: _torch.Frame, in_dims: Any
+) -> None:
     """Trace with a batch size that is a symbol, told apart from every other size.
 
     As a number it could be any constant of the user's, and whether gradients depend on it could
@@ -177,6 +186,12 @@ def _make_batch_symbolic(gm: fx.GraphModule, roles: Roles) -> None:
         _torch.mark_symbolic(placeholders[each.index], each.batch_dim)
         for each in roles.inputs
         if each.batch_dim is not None
+    ]
+    # Arguments that the graph does not use may still be asked how many samples there are.
+    marked += [
+        _torch.mark_size(tensor, dim % tensor.ndim)
+        for _, tensor, dim in arguments_with_samples(frame, in_dims, arrays=False)
+        if -tensor.ndim <= dim < tensor.ndim and tensor.shape[dim] > 1
     ]
     if any(marked):
         _torch.trace_again("the batch size is a symbol")

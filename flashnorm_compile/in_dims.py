@@ -32,9 +32,9 @@ def expect_batches(arguments: Any) -> None:
     Only to save time: what is not found here has Dynamo trace again, once its graph is seen.
     """
     for value in pytree.tree_leaves(arguments):
-        if not isinstance(value, torch.Tensor) or value.requires_grad or value.ndim == 0:
+        if not isinstance(value, torch.Tensor) or value.requires_grad or value.is_nested:
             continue
-        if value.shape[0] > 1:
+        if value.ndim > 0 and value.shape[0] > 1:
             mark_size(value, 0)
 
 

@@ -97,7 +97,7 @@ def assign_roles(graph: fx.Graph, frame: Frame, in_dims: Any) -> Roles:
     sources = [source for node in placeholders if (source := input_source(node)) is not None]
     refuse_unknown_names(dims_by_name(in_dims, frame), [each.root for each in sources], frame)
     refuse_shared_memory(
-        list(_arguments_with_samples(frame, in_dims)),
+        [(name, tensor) for name, tensor, _ in arguments_with_samples(frame, in_dims)],
         [
             (each.name, example_argument(placeholders[each.index]))
             for each in inputs
@@ -116,15 +116,15 @@ def assign_roles(graph: fx.Graph, frame: Frame, in_dims: Any) -> Roles:
             "compiled function, and name its axes with the option in_dims if they are not dim 0."
         )
     _unify_sizes([placeholders[each.index] for each in inputs if each.batch_dim is not None])
+    sizes |= _sizes_of_unused_inputs(placeholders, frame, in_dims)
     first, batch_size = next(iter(sizes.items()))
     for name, size in sizes.items():
         # Two symbols become one here, by a guard: other sizes compile another graph.
         if size_expr(size) != size_expr(batch_size) and not bool(size == batch_size):
             declared = {
-                each.name: declaration(source)
-                for each in inputs
-                if each.name in (first, name)
-                and (source := input_source(placeholders[each.index])) is not None
+                user_name(source): declaration(source)
+                for node in placeholders
+                if (source := input_source(node)) is not None
             }
             raise PrivacyError(
                 f"The batch inputs disagree on the batch size: {first} has {hint(batch_size)} "
@@ -215,19 +215,23 @@ def _batch_dim(
     return dim % example.ndim
 
 
-def _arguments_with_samples(frame: Frame, in_dims: Any) -> Iterator[tuple[str, torch.Tensor]]:
+def arguments_with_samples(
+    frame: Frame, in_dims: Any, *, arrays: bool = True
+) -> Iterator[tuple[str, torch.Tensor, int]]:
     """Find the tensors among the arguments that hold samples, used in the graph or not.
+
+    Yields name, tensor and batch dim.
 
     Dynamo makes one input of a tensor that it meets twice, under the name it met first.
     """
     named = dims_by_name(in_dims, frame)
     for root, value in frame.values.items():
         spec = named.get(root, 0) if isinstance(named, Mapping) else named
-        for path, tensor in leaves(value):
+        for path, tensor in leaves(value, arrays=arrays):
             name = root + "".join(f"[{key!r}]" for key in path)
-            if tensor.requires_grad or follow(spec, path, name) is None:
-                continue
-            yield name, tensor
+            dim = follow(spec, path, name)
+            if not tensor.requires_grad and dim is not None:
+                yield name, tensor, dim
 
 
 def _unify_sizes(batch_inputs: list[fx.Node]) -> None:
@@ -243,6 +247,26 @@ def _unify_sizes(batch_inputs: list[fx.Node]) -> None:
                 symbolic = isinstance(size, torch.SymInt) and isinstance(other, torch.SymInt)
                 if symbolic and size_expr(size) != size_expr(other):
                     bool(size == other)
+
+
+def _sizes_of_unused_inputs(
+    placeholders: list[fx.Node], frame: Frame, in_dims: Any
+) -> dict[str, torch.SymInt]:
+    """Find batch sizes that are read off arguments which the graph does not use otherwise."""
+    named, found = dims_by_name(in_dims, frame), {}
+    for node in placeholders:
+        example, source = node.meta["example_value"], input_source(node)
+        if not isinstance(example, torch.SymInt) or source is None or source.size_of is None:
+            continue
+        if source.root not in frame.arguments or source.in_module:
+            continue
+        name = user_name(source)
+        spec = named.get(source.root, 0) if isinstance(named, Mapping) else named
+        dim = follow(spec, source.path, name)
+        # Of how many dims a negative one counts is not known here.
+        if dim is not None and (dim == source.size_of or dim < 0):
+            found[name] = example
+    return found
 
 
 def _not_registered(source: InputSource, name: str) -> str:

@@ -12,7 +12,7 @@ from flashnorm_compile.passes.plan import Choice, Plan, pair
 from flashnorm_compile.passes.sample_map import run_mapped
 from flashnorm_compile.passes.sites import Context, Site
 from flashnorm_compile.passes.sites.base import square_norm
-from flashnorm_compile.passes.sites.rounding import bounded_square
+from flashnorm_compile.passes.sites.rounding import bounded_square, materialized_square
 
 
 @dataclass(frozen=True)
@@ -110,19 +110,14 @@ def _inner_product(
 def _square(
     site: Site, choice: Choice, materialized: dict[Site, fx.Node]
 ) -> tuple[fx.Node, fx.Node]:
-    """Emit a site's square and its slack; what is summed as it is needs none."""
+    """Emit a site's square and its slack, for a sum with other sites."""
     if choice == "ghost":
         return site.ghost()
     if choice == "flash":
         return site.flash()
-
-    def code(samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        square = square_norm(samples)
-        return square, torch.zeros_like(square)
-
     samples = materialized[site]
     return site.context.emit(  # type: ignore[no-any-return]
-        code, samples, before=samples.next, like=samples
+        materialized_square, samples, before=samples.next, like=samples
     )
 
 

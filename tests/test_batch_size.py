@@ -206,3 +206,19 @@ def test_gradients_of_fused_attention_keep_the_factor_of_the_mean():
     step = private_step(loss)
     with pytest.raises(NotImplementedError, match="_scaled_dot_product_efficient_attention"):
         step(nn.Linear(8, 24), torch.randn(B, T, 8))
+
+
+@pytest.mark.parametrize("in_dims", [None, (None, 0, 0, 0)])
+def test_the_size_of_an_argument_that_is_not_used_otherwise(in_dims):
+    def step(net, x, y, ids):
+        loss = F.cross_entropy(torch.sin(net(x) * ids.shape[0]), y)
+        loss.backward()
+        return loss.detach()
+
+    private = fn.dp_step(step, max_grad_norm=1.0, noise_multiplier=0.0, expected_batch_size=B,
+                         lowering="eager", in_dims=in_dims)
+    x, y = torch.randn(B, 4), torch.randint(CLASSES, (B,))
+    with pytest.raises(fn.PrivacyError, match=r"depends on the (size of the batch|number of samp)"):
+        private(model(), x, y, torch.arange(B))
+    with pytest.raises(fn.PrivacyError, match=r"x has 6 samples, ids.* has 7"):
+        private(model(), x, y, torch.arange(B + 1))

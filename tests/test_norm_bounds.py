@@ -167,6 +167,29 @@ def test_table_tied_to_a_head(strategy):
     assert_bounded(loss, Reused(11, 32), batch, strategy=strategy)
 
 
+@pytest.mark.parametrize("exponent", [-10, -11, -12, -13, -14])
+def test_a_materialized_head_that_cancels_a_token(exponent):
+    """The head's square is added to the embedding's: it must be as precise as the others."""
+
+    def batch():
+        hidden, scores, own = torch.zeros(700, 300), torch.zeros(700, 120), torch.zeros(1, 300)
+        hidden[0] = torch.randn(300) * 1e6
+        scores[0, 0] = 1
+        own[0] = hidden[0] * (1 + 2.0**exponent)
+        return tuple(map(alone, (torch.tensor([0]), hidden, scores, own)))
+
+    def loss(model, tokens, hidden, scores, own):
+        head = (F.linear(hidden, model.weight) * scores).sum()
+        return head - (F.embedding(tokens, model.weight) * own).sum()
+
+    step = private(loss, 1.0, "auto")
+    for seed in range(12):
+        torch.manual_seed(seed)
+        size, norm = contribution(step, Reused(120, 300), batch())
+        assert size <= FLOAT32, f"{size}; computed norm {norm}"
+    assert {"ghost", "materialize"} == set(step.plan.rows[0].choices)
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_table_met_twice(strategy):
     def batch(distance):

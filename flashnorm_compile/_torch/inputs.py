@@ -25,6 +25,7 @@ class InputSource:
         is_registered: whether it is a parameter or buffer registered in that module.
         is_gradient: whether it is the ``.grad`` of a tensor.
         is_number: whether it is a Python number that Dynamo passes as a tensor.
+        size_of: the dim of which it is the size, for a size of a tensor, which the path leads to.
     """
 
     expression: str
@@ -34,6 +35,7 @@ class InputSource:
     is_registered: bool
     is_gradient: bool
     is_number: bool
+    size_of: int | None
 
     @property
     def in_module(self) -> bool:
@@ -81,7 +83,8 @@ def describe_source(source: Any, as_tensor: bool) -> InputSource:
     of_parameter = getattr(source, "member", None) == "grad" and _is_registered(kinds[:-1])
     # An array is an input as a tensor too, under a source that converts it.
     is_array = kinds[-1] == "NumpyTensorSource"
-    named = chain[-2] if is_array else source
+    is_property = kinds[-1] == "TensorPropertySource"
+    named = chain[-2] if is_array or is_property else source
     return InputSource(
         expression=source_name(named),
         root=getattr(chain[0], "local_name", None) or getattr(chain[0], "global_name", None),
@@ -90,6 +93,7 @@ def describe_source(source: Any, as_tensor: bool) -> InputSource:
         is_registered=_is_registered(kinds),
         is_gradient=of_parameter or "GradSource" in kinds,
         is_number=as_tensor and "NumpyTensorSource" not in kinds,
+        size_of=source.idx if is_property and source.prop.name == "SIZE" else None,
     )
 
 

@@ -17,7 +17,7 @@ from flashnorm_compile.kernels.convolution import (
 from flashnorm_compile.passes.cost import Cost
 from flashnorm_compile.passes.sites.base import Context
 from flashnorm_compile.passes.sites.convolution import ConvolutionSite
-from flashnorm_compile.passes.sites.rounding import HALF, Rounding, squares_above
+from flashnorm_compile.passes.sites.rounding import Rounding, squares_above
 
 # On a GPU. A kernel multiplies this many channels of a group at once; of fewer, most is idle.
 MIN_CHANNELS = 16
@@ -70,10 +70,8 @@ class FusedConvolutionSite(ConvolutionSite):
 
     @property
     def rounding(self) -> Rounding:
-        """The rounding of ``weighted``: 16-bit operands enter it as they are."""
-        value = self.gradient.meta["val"]
-        sums = Rounding.of_scatter(value)
-        return sums if value.dtype in HALF else Rounding.of_convolution(value)
+        """The rounding of ``weighted``: operands enter it as they are."""
+        return Rounding.of_exact_products(self.gradient.meta["val"])
 
     def flash(self) -> tuple[fx.Node, fx.Node]:
         """Emit squared norms of gradients of which only tiles are ever there.

@@ -66,8 +66,7 @@ class FusedMatmulSite(MatmulSite):
     @property
     def rounding(self) -> Rounding:
         """The rounding of ``weighted``: operands enter it as they are."""
-        value = self.left.meta["val"]
-        return Rounding.of_scatter(value) if value.dtype in HALF else Rounding.of_matmul(value)
+        return Rounding.of_exact_products(self.left.meta["val"])
 
     def ghost(self) -> tuple[fx.Node, fx.Node]:
         """Emit squared norms by Gram matrices of which only tiles are ever there."""

@@ -24,8 +24,9 @@ norm is left as computed where n² ≥ κS², κ = slack/(τS²), which is where
                                  products are exact, tensor cores add 8 of them at a time to a
                                  float32 that they truncate: an error of d·2⁻²⁶‖a_t‖‖a_s‖ in each
                                  a_t·a_s, so d·2⁻²⁶·Σ‖a_t‖‖a_s‖|g_t·g_s| and the same with g.
-    sums by token                E: float64, (T + d)·2⁻⁵²·S². Where one site is materialised, its
-                                 entries are those that are summed: no error of their own.
+    sums by token                E: float64, (T + d)·2⁻⁵²·S².
+    a materialised site          E: none in float64. R = 3·2⁻²⁴·‖g‖ of its entries, which are
+                                 weighted and added to those of other sites: these may cancel.
     sum over T tokens            R = (T + 2)·2⁻²⁴·S, sequential float32
     operands rounded to TF32     R = 2⁻¹⁰·S: 2⁻¹¹ for each operand
     c∘g rounded to bfloat16      R² = 2⁻¹⁶·Σ ‖g_t‖‖g_s‖|a_t·a_s|: 2⁻⁸ for each entry
@@ -87,6 +88,13 @@ class Rounding:
         return cls(2.0**-10 if value.is_cuda else _float32_operands(value), 0.0, 2.0**-24)
 
     @classmethod
+    def of_exact_products(cls, value: torch.Tensor) -> Rounding:
+        """Of sums over products that are weighted once made: of 16 bits on a GPU, exact ones."""
+        if value.is_cuda and value.dtype in HALF:
+            return cls(0.0, 0.0, 2.0**-24)
+        return cls(_float32_operands(value), 0.0, 2.0**-24)
+
+    @classmethod
     def of_scatter(cls, value: torch.Tensor) -> Rounding:
         """Of additions in float32."""
         return cls(0.0, 0.0, 2.0**-53 if value.dtype == torch.float64 else 2.0**-24)
@@ -122,7 +130,12 @@ def _float32_operands(value: torch.Tensor) -> float:
     """TF32 is assumed on a GPU: the setting may change after compilation."""
     if value.is_cuda:
         return 2.0**-10
-    return {"highest": 0.0, "high": 2.0**-10}.get(torch.get_float32_matmul_precision(), 2.0**-7)
+    try:
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        # It was set by torch.backends.mkldnn, which this function of torch's does not speak of.
+        return 2.0**-7
+    return {"highest": 0.0, "high": 2.0**-10}.get(precision, 2.0**-7)
 
 
 def row_norms(x: torch.Tensor, dim: int) -> torch.Tensor:
@@ -244,6 +257,12 @@ def weighted_rows(pairs: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torc
     All that is summed over pairs goes over s first: on a GPU one kernel reads them once for all.
     """
     return (pairs.abs() * y.unsqueeze(-2)).sum(-1) * x
+
+
+def materialized_square(samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The squared norms [B] of per-sample gradients to which others are added, and their slack."""
+    square = pair_sum(samples.double().square())
+    return square, square * (Rounding(0.0, 0.0, 2.0**-24).k * (3 * 2.0**-24) ** 2)
 
 
 def bounded_square(
