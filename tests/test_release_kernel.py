@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from unittest import mock
 
 import pytest
 import torch
@@ -103,6 +104,13 @@ def check_many(run, device: str) -> None:
     compare(run, [], torch.rand(3), SCALARS, 0, torch.float32, device)
 
 
+def check_large(run, device: str) -> None:
+    """Tensors of which a program makes many steps, beside others."""
+    for rows, numel in ((1, 40_001), (9, 10_004)):
+        samples = [torch.randn(rows, size) for size in (numel, 999, numel)]
+        compare(run, samples, torch.rand(rows), SCALARS, 7, torch.float32, device)
+
+
 def check_one_left_out(run, device: str) -> None:
     """A batch of one sample of weight 0 is all noise."""
     for numel in (1024, 1000):
@@ -117,6 +125,8 @@ def check_kernel(device: str) -> None:
     check_left_out(kernel.release, device)
     check_many(kernel.release, device)
     check_one_left_out(kernel.release, device)
+    with mock.patch.object(kernel, "LARGE", 1000):
+        check_large(kernel.release, device)
 
 
 def test_the_op_on_the_cpu_equals_the_reference():

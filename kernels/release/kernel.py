@@ -21,8 +21,15 @@ CHUNK_LENGTHS = (1, 8, 32)
 # Of 8 rows at once a thread holds the same 16 bytes of each, so that no sum crosses threads; of the
 # only row two Philox blocks, of 4 elements each.
 ROWS_PER_STEP = 8
-# To find its tensor costs a program of 32 tensors about as much as a step with one row.
-STEPS_PER_PROGRAM = {1: 16, ROWS_PER_STEP: 2}
+# To find its tensor, a program of 32 tensors loads some 280 constants, and these loads are slow: of
+# a large tensor it makes many steps. Of a small one few, for they follow one another.
+LARGE = 2**20
+STEPS_PER_PROGRAM = {
+    (1, False): 16,
+    (1, True): 32,
+    (ROWS_PER_STEP, False): 2,
+    (ROWS_PER_STEP, True): 16,
+}
 NUM_WARPS = 4
 
 # Added by `_code`; a code is odd and 2**62 or more.
@@ -47,19 +54,19 @@ def release(
     weights, key, scalars = weights.contiguous(), key.contiguous(), scalars.contiguous()
     outs = [x.new_empty(x.shape[1:], dtype=out_dtype) for x in samples]
     rows = weights.shape[0]
-    groups: dict[tuple[torch.dtype, bool], list[_Tensor]] = {}
+    groups: dict[tuple[torch.dtype, bool, bool], list[_Tensor]] = {}
     for position, (x, out) in enumerate(zip(samples, outs, strict=True)):
         if out.numel() > 0:
             # The first test is cheap and most often enough.
             row_major = x.is_contiguous() or x[:1].is_contiguous()
             x = x if row_major else x.contiguous()
-            group = (x.dtype, _is_aligned(x, out))
+            group = (x.dtype, _is_aligned(x, out), out.numel() >= LARGE)
             groups.setdefault(group, []).append((x, out, first_stream + position))
     with torch.cuda.device_of(weights):
-        for (dtype, aligned), tensors in groups.items():
+        for (dtype, aligned, large), tensors in groups.items():
             for first in range(0, len(tensors), CHUNK_LENGTHS[-1]):
                 chunk = tensors[first : first + CHUNK_LENGTHS[-1]]
-                _launch(chunk, weights, key, scalars, rows, dtype, out_dtype, aligned)
+                _launch(chunk, weights, key, scalars, rows, dtype, out_dtype, aligned, large)
     return outs
 
 
@@ -78,10 +85,12 @@ def _launch(
     dtype: torch.dtype,
     out_dtype: torch.dtype,
     aligned: bool,
+    large: bool,
 ) -> None:
-    """Release a chunk of tensors, none of them empty."""
+    """Release a chunk of tensors, none of them empty, all of them large or none."""
     rows_per_step = 1 if rows == 1 else ROWS_PER_STEP
-    quads, steps = quads_per_step(rows_per_step, dtype), STEPS_PER_PROGRAM[rows_per_step]
+    quads = quads_per_step(rows_per_step, dtype)
+    steps = STEPS_PER_PROGRAM[rows_per_step, large]
     programs = 0
     records: list[tuple[int, ...]] = []
     for x, out, stream in tensors:
@@ -99,13 +108,13 @@ def _launch(
         key,
         scalars,
         rows,
+        steps,
         LENGTH=length,
         BLOCK_HIGH_BITS=BLOCK_HIGH_BITS,
         DTYPE=_triton_dtype(dtype),
         OUT_DTYPE=_triton_dtype(out_dtype),
         ALIGNED=aligned,
         QUADS=quads,
-        STEPS=steps,
         ROWS=rows_per_step,
         num_warps=NUM_WARPS,
     )
@@ -131,23 +140,23 @@ def _triton_dtype(dtype: torch.dtype) -> tl.dtype:
     return getattr(tl, str(dtype).removeprefix("torch."))
 
 
-@triton.jit(do_not_specialize=["weights_ptr", "key_ptr", "scalars_ptr", "rows"])
+@triton.jit(do_not_specialize=["weights_ptr", "key_ptr", "scalars_ptr", "rows", "steps"])
 def _release_kernel(
     tensors,
     weights_ptr,
     key_ptr,
     scalars_ptr,
     rows,
+    steps,
     LENGTH: tl.constexpr,
     BLOCK_HIGH_BITS: tl.constexpr,
     DTYPE: tl.constexpr,
     OUT_DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
     QUADS: tl.constexpr,
-    STEPS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Sum, noise and scale a part of one tensor: STEPS times the elements of QUADS Philox blocks.
+    """Sum, noise and scale a part of one tensor: ``steps`` times QUADS Philox blocks.
 
     ``tensors`` holds LENGTH records of codes: the first program of the tensor, the addresses of
     samples and result, the number of elements, the row stride and the stream. ALIGNED tensors are
@@ -167,8 +176,8 @@ def _release_kernel(
         vector: tl.constexpr = 128 // DTYPE.primitive_bitwidth
         row_stride = row_stride // vector * vector
 
-    begin = (program - start) * STEPS * QUADS
-    end = tl.minimum(begin + STEPS * QUADS, (numel + 3) // 4)
+    begin = (program - start) * steps * QUADS
+    end = tl.minimum(begin + steps * QUADS, (numel + 3) // 4)
     if ROWS == 1:
         weight = tl.load(weights_ptr + tl.arange(0, 1))
     for first in range(begin, end, QUADS):
