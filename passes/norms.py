@@ -21,11 +21,12 @@ class Norms:
 
     Attributes:
         squares: [B] float32 nodes, whose sum is the squared norm.
-        per_sample: gradient or site node → its per-sample gradients [B, ...], where materialised.
+        per_sample: (index of the parameter, its gradient's node or a site's) → per-sample gradients
+            [B, ...], where its norm is theirs. Another parameter may share the site, and not this.
     """
 
     squares: list[fx.Node]
-    per_sample: dict[fx.Node, fx.Node]
+    per_sample: dict[tuple[int, fx.Node], fx.Node]
 
 
 def insert_norms(
@@ -47,7 +48,7 @@ def insert_norms(
             _site_by_site(gradient, choices, norms)
         else:
             samples = materialize(gradient, context, scale)
-            norms.per_sample[gradient.output] = samples
+            norms.per_sample[gradient.index, gradient.output] = samples
             _add_square(norms, samples, context)
     return norms
 
@@ -61,7 +62,8 @@ def _site_by_site(gradient: ParameterGradient, choices: tuple[Choice, ...], norm
     """‖Σ_k g_k‖² = Σ_k ‖g_k‖² + 2 Σ_{k<l} ⟨g_k, g_l⟩."""
     sites = gradient.sites
     if choices == ("materialize",):
-        norms.per_sample[sites[0].node], square = sites[0].measured()
+        key = gradient.index, sites[0].node
+        norms.per_sample[key], square = sites[0].measured()
         norms.squares.append(square)
         return
     materialized = {
@@ -69,7 +71,8 @@ def _site_by_site(gradient: ParameterGradient, choices: tuple[Choice, ...], norm
         for site, choice in zip(sites, choices, strict=True)
         if choice == "materialize"
     }
-    norms.per_sample.update((site.node, samples) for site, samples in materialized.items())
+    for site, samples in materialized.items():
+        norms.per_sample[gradient.index, site.node] = samples
     squares = [
         _square(site, choice, materialized) for site, choice in zip(sites, choices, strict=True)
     ]

@@ -154,13 +154,13 @@ def _samples_in_place(
     gradient: ParameterGradient, norms: Norms, context: Context, before: fx.Node
 ) -> fx.Node | None:
     """The per-sample gradients, where they lie as the parameter does."""
-    if (samples := norms.per_sample.get(gradient.output)) is not None:
+    if (samples := norms.per_sample.get((gradient.index, gradient.output))) is not None:
         return samples
     if gradient.affine:
         raise AssertionError(f"{gradient.name}: its norm is not that of its own samples")
     if len(gradient.sites) != 1:
         return None
-    samples = norms.per_sample.get(gradient.sites[0].node)
+    samples = norms.per_sample.get((gradient.index, gradient.sites[0].node))
     if samples is None or gradient.orientation(gradient.sites[0]) is False:
         return samples
     if not gradient.in_order:
@@ -200,7 +200,8 @@ def _sums_of_fused_sites(
         for gradient in gradients
         for site in gradient.sites
         if isinstance(site, FusedMatmulSite)
-        and not {site.node, gradient.output} & norms.per_sample.keys()
+        and (gradient.index, site.node) not in norms.per_sample
+        and (gradient.index, gradient.output) not in norms.per_sample
     ]
     return weighted_together(list(dict.fromkeys(sites)), weights, before)
 
@@ -218,7 +219,7 @@ def _weighted_sites(
     """Weigh the samples at the sites and run the rest of the path as it was."""
 
     def total(site: Site) -> fx.Node:
-        if (samples := norms.per_sample.get(site.node)) is not None:
+        if (samples := norms.per_sample.get((gradient.index, site.node))) is not None:
             return _sum_over_samples(samples, weights, key, scalars, context, before)
         return sums[site] if site in sums else site.weighted(weights, before)
 

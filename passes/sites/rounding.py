@@ -28,7 +28,7 @@ norm is left as computed where n² ≥ κS², κ = slack/(τS²), which is where
     a materialised site          E: none in float64. R = 3·2⁻²⁴·‖g‖ of its entries, which are
                                  weighted and added to those of other sites: these may cancel.
     sum over T tokens            R = (T + 2)·2⁻²⁴·S, sequential float32
-    operands rounded to TF32     R = 2⁻¹⁰·S: 2⁻¹¹ for each operand
+    operands rounded to TF32     R = 2⁻¹⁰·S: 2⁻¹¹ for each operand; twice that where they are cut off
     c∘g rounded to bfloat16      R² = 2⁻¹⁶·Σ ‖g_t‖‖g_s‖|a_t·a_s|: 2⁻⁸ for each entry
 
 The last two are coarse: k = 32, τ = 2⁻⁵, so at most 3.2 % above C, while n² ≥ S²/64 (bfloat16) or
@@ -90,9 +90,10 @@ class Rounding:
     @classmethod
     def of_exact_products(cls, value: torch.Tensor) -> Rounding:
         """Of sums over products that are weighted once made: of 16 bits on a GPU, exact ones."""
-        if value.is_cuda and value.dtype in HALF:
-            return cls(0.0, 0.0, 2.0**-24)
-        return cls(_float32_operands(value), 0.0, 2.0**-24)
+        if not value.is_cuda:
+            return cls(_float32_operands(value), 0.0, 2.0**-24)
+        # Triton's products in TF32 drop the bits that cuBLAS rounds.
+        return cls(0.0 if value.dtype in HALF else 2.0**-9, 0.0, 2.0**-24)
 
     @classmethod
     def of_scatter(cls, value: torch.Tensor) -> Rounding:
