@@ -28,7 +28,7 @@ norm is left as computed where n² ≥ κS², κ = slack/(τS²), which is where
     a materialised site          E: none in float64. R = 3·2⁻²⁴·‖g‖ of its entries, which are
                                  weighted and added to those of other sites: these may cancel.
     sum over T tokens            R = (T + 2)·2⁻²⁴·S, sequential float32
-    operands rounded to TF32     R = 2⁻¹⁰·S: 2⁻¹¹ for each operand; twice that where they are cut off
+    operands rounded to TF32     R = 2⁻¹⁰·S: 2⁻¹¹ for each operand; twice that if cut off
     c∘g rounded to bfloat16      R² = 2⁻¹⁶·Σ ‖g_t‖‖g_s‖|a_t·a_s|: 2⁻⁸ for each entry
 
 The last two are coarse: k = 32, τ = 2⁻⁵, so at most 3.2 % above C, while n² ≥ S²/64 (bfloat16) or
