@@ -55,7 +55,11 @@ class Site(ABC):
 
     @abstractmethod
     def per_sample(self) -> fx.Node:
-        """Emit the per-sample gradients [B, *shape of the node], in float32 or wider."""
+        """Emit the per-sample gradients [B, *shape of the node].
+
+        Products of 16-bit operands are rounded to 16 bits: norms are those of the rounded values,
+        which are what is summed.
+        """
 
     @abstractmethod
     def weighted(self, weights: fx.Node, before: fx.Node) -> fx.Node:
