@@ -46,7 +46,7 @@ def test_matches_oracle_with_inductor(name):
 
 
 def test_one_site_of_a_tied_weight_is_materialized_and_the_other_not():
-    case = CASES["sharing-tied_head_of_many_words"]
+    case = CASES["sharing-tied_head_of_prompt"]
     step = private_step(case.loss)
     call(step, case.build_model(), case.build_batch())
     row = next(row for row in step.plan.rows if row.parameter == "model.embedding.weight")

@@ -15,7 +15,7 @@ CASES = all_cases()
 PADDED = (
     "sharing-tied_head",
     "sharing-tied_head_padding_idx",
-    "sharing-tied_head_of_many_words",
+    "sharing-tied_head_of_prompt",
     "dense-mlp_time_axis",
     "dense-time_first",
     "calls-autocast_tied_head",

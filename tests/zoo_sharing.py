@@ -79,11 +79,9 @@ SHARING.add("indexed_by_gather", lambda: Indexed("gather"), tokens_to_class(3, V
 class TiedHead(nn.Module):
     """The output head is the embedding matrix: ``F.linear(h, emb.weight)``."""
 
-    def __init__(
-        self, *, scale: float = 1.0, padding_idx: int | None = None, vocabulary: int = VOCAB
-    ):
+    def __init__(self, *, scale: float = 1.0, padding_idx: int | None = None):
         super().__init__()
-        self.embedding = nn.Embedding(vocabulary, 6, padding_idx=padding_idx)
+        self.embedding = nn.Embedding(VOCAB, 6, padding_idx=padding_idx)
         self.middle = nn.Linear(6, 6)
         self.scale = scale
 
@@ -97,12 +95,28 @@ SHARING.add("tied_head_scaled", lambda: TiedHead(scale=6**0.5), tokens(5, VOCAB)
             token_cross_entropy)
 SHARING.add("tied_head_padding_idx", lambda: TiedHead(padding_idx=0), tokens(9, VOCAB),
             token_cross_entropy)
-# Cheapest with the head's gradients in memory and the embedding's not.
-SHARING.add("tied_head_of_many_words", lambda: TiedHead(vocabulary=64), tokens(20, 64),
-            token_cross_entropy)
-SHARING.add("tied_head_of_many_words_padding_idx",
-            lambda: TiedHead(vocabulary=64, padding_idx=0, scale=0.5),
-            lambda size: (torch.randint(3, (size, 20)), torch.randint(64, (size, 20))),
+
+
+class TiedHeadOfPrompt(nn.Module):
+    """Few tokens in, many predictions out: cheapest with only the head's gradients in memory."""
+
+    def __init__(self, *, padding_idx: int | None = None):
+        super().__init__()
+        self.embedding = nn.Embedding(99, 96, padding_idx=padding_idx)
+        self.positions = nn.Parameter(torch.randn(128, 96) / 8)
+
+    def forward(self, ids):
+        prompt = self.embedding(ids).sum(1, keepdim=True)
+        return F.linear((prompt + self.positions).tanh(), self.embedding.weight)
+
+
+def prompts(vocabulary: int):
+    """Build (ids [N, 2] below ``vocabulary``, labels [N, 128])."""
+    return lambda size: (torch.randint(vocabulary, (size, 2)), torch.randint(99, (size, 128)))
+
+
+SHARING.add("tied_head_of_prompt", TiedHeadOfPrompt, prompts(99), token_cross_entropy)
+SHARING.add("tied_head_of_prompt_padding_idx", lambda: TiedHeadOfPrompt(padding_idx=0), prompts(3),
             token_cross_entropy)
 
 
