@@ -82,7 +82,7 @@ class Emitter:
                 values[position] = tensor
             return function(*values)
 
-        with self._fake_mode, symbolic_tracing(), torch.no_grad():
+        with symbolic_tracing(self._fake_mode), torch.no_grad():
             snippet = make_fx(traced, decomposition_table=dict(decompositions()))(
                 *(args[position].meta["val"] for position in positions)
             )

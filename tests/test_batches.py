@@ -59,19 +59,16 @@ def floating(batch):
 
 
 @pytest.mark.parametrize("strategy", ["materialize", "ghost"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", [
     "dense-mlp", "dense-layer_norm", "dense-bilinear", "conv-conv1d_grouped",
     "parameters-scalar_parameter", "parameters-orthogonal_householder",
     "parameters-orthogonal_matrix_exp", "parameters-orthogonal_cayley",
 ])
-def test_sample_that_is_not_finite_contributes_zero(name, value, strategy):
+def test_sample_that_is_not_finite_contributes_zero(name, strategy):
     case = CASES[name]
-    batch = case.build_batch()
+    model, batch = case.build_model(), case.build_batch()
     per_sample = run_oracle(case, batch)
     bound = bound_that_clips_some(per_sample.norms)
-    floating(batch)[0][2].fill_(value)
-    poisoned = clip(run_oracle(case, batch), bound, case.loss_reduction)
     clean = clip(per_sample, bound, case.loss_reduction)
     # Without sample 2: what the other three give.
     expected = {
@@ -79,12 +76,21 @@ def test_sample_that_is_not_finite_contributes_zero(name, value, strategy):
         - clean.factors[2] * per_sample.by_name[grad][2] / EXPECTED_BATCH_SIZE
         for grad in clean.grads
     }
-    actual = run_private(case, strategy, "eager", max_grad_norm=bound, batch=batch)
-    for grad, want in expected.items():
-        torch.testing.assert_close(actual.grads[grad].double(), want, rtol=1e-5, atol=1e-7)
-    assert actual.nonfinite_samples == 1
-    assert actual.factors[2] == 0
-    assert_matches_oracle(poisoned, norms=actual.norms, factors=actual.factors, grads=actual.grads)
+    step = private_step(
+        case.loss, max_grad_norm=bound, strategy=strategy, loss_reduction=case.loss_reduction
+    )
+    for value in (float("nan"), float("inf")):
+        floating(batch)[0][2].fill_(value)
+        poisoned = clip(run_oracle(case, batch), bound, case.loss_reduction)
+        model.zero_grad()
+        actual = read_result(step, model, call(step, model, batch))
+        for grad, want in expected.items():
+            torch.testing.assert_close(actual.grads[grad].double(), want, rtol=1e-5, atol=1e-7)
+        assert actual.nonfinite_samples == 1
+        assert actual.factors[2] == 0
+        assert_matches_oracle(
+            poisoned, norms=actual.norms, factors=actual.factors, grads=actual.grads
+        )
 
 
 def test_activation_that_overflows_in_one_sample():

@@ -61,8 +61,9 @@ class Reused(nn.Module):
 def assert_bounded(loss, model, batch, *, limit=FLOAT32, bounds=(1.0,), cases=DISTANCES,
                    seeds=1, strategy="ghost", kernels="library"):
     """Assert ‖contribution‖ ≤ C for the sample ``batch(case)``, for every case."""
+    step = private(loss, bounds[0], strategy, kernels)
     for bound in bounds:
-        step = private(loss, bound, strategy, kernels)
+        step.max_grad_norm = bound
         for case in cases:
             for seed in range(seeds):
                 torch.manual_seed(seed)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from driver import (
-    STRATEGIES,
     bound_that_clips_some,
     call,
     clip,
@@ -18,8 +17,9 @@ from zoo_transformers import ARCHITECTURES
 
 import flashnorm_compile as fn
 
-#: Where strategies differ most: tied heads, shared layers, scans, class tokens, LoRA.
-WITH_EVERY_STRATEGY = ("gpt2", "albert", "mamba", "vit", "llama_lora")
+#: Where strategies differ most: tied heads, shared layers, scans, class tokens, LoRA. At these
+#: sizes "auto" materializes all but some embeddings.
+WITH_GHOST_NORMS = ("gpt2", "albert", "mamba", "vit", "llama_lora")
 
 
 def own_loss(model, **batch):
@@ -48,10 +48,9 @@ def test_matches_oracle(name):
     check_architecture(name, "auto")
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES[1:])
-@pytest.mark.parametrize("name", WITH_EVERY_STRATEGY)
-def test_matches_oracle_with_strategy(name, strategy):
-    check_architecture(name, strategy)
+@pytest.mark.parametrize("name", WITH_GHOST_NORMS)
+def test_matches_oracle_with_ghost_norms(name):
+    check_architecture(name, "ghost")
 
 
 @pytest.mark.inductor
@@ -87,7 +86,7 @@ def test_other_lengths_and_batch_sizes():
                               grads=result.grads)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "bert_masked", "t5"])
+@pytest.mark.parametrize("name", ["gpt2", "bert_masked"])
 def test_tokens_of_other_samples_do_not_matter(name):
     """A sample's norm does not change with how many labels the other samples ignore."""
     architecture = ARCHITECTURES[name]

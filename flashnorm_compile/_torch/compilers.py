@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,11 +21,18 @@ def decompositions() -> Mapping[Any, Callable[..., Any]]:
     return select_decomp_table()
 
 
-def symbolic_tracing() -> contextlib.AbstractContextManager[None]:
-    """Trace with the Python versions of operations: some of C++ ask for concrete sizes."""
-    from torch._dispatch.python import enable_python_dispatcher
+@contextlib.contextmanager
+def symbolic_tracing(fake_mode: Any) -> Iterator[None]:
+    """Trace on values of a fake mode, of symbolic sizes.
 
-    return enable_python_dispatcher()
+    With the Python versions of operations, since some of C++ ask for concrete sizes; and without
+    the cache of fake results: to make an entry costs more than the few that are found again save.
+    """
+    from torch._dispatch.python import enable_python_dispatcher
+    from torch._subclasses.fake_tensor import disable_fake_tensor_cache
+
+    with fake_mode, disable_fake_tensor_cache(fake_mode), enable_python_dispatcher():
+        yield
 
 
 def another_fake(value: torch.Tensor) -> torch.Tensor:
