@@ -193,9 +193,9 @@ def check_pointers(device: str) -> None:
     """The same without tensor descriptors."""
     from flashnorm_compile.kernels.flash_norm import launch
 
-    known = launch._device(torch.device(device))
-    without = dataclasses.replace(known, descriptors=False)
-    with mock.patch.object(launch, "_device", return_value=without), splits_that_cost_nothing():
+    known = launch.find_device(torch.device(device))
+    without = dataclasses.replace(known, descriptors=False, hopper=False)
+    with mock.patch.object(launch, "find_device", return_value=without), splits_that_cost_nothing():
         check_shapes(launch.flash_norm, launch.materialize_norm, device)
         check_not_finite(launch.flash_norm, launch.materialize_norm, device)
 
@@ -239,7 +239,7 @@ def check_code() -> None:
     from flashnorm_compile.kernels.flash_norm import kernel, launch
 
     triton.runtime.driver.set_active(Driver())
-    launch._device = lambda _: launch.Device(132, 232448, descriptors=True)
+    launch.find_device = lambda _: launch.Device(132, 232448, descriptors=True, hopper=True)
     compiled = []
 
     class Compiled:

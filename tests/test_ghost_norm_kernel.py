@@ -136,7 +136,7 @@ def check_kernel(device: str) -> None:
     check_others_stay(launch, device)
     check_bounds(launch, device)
     # Tiles that are left over in many parts; memory read by pointers.
-    found = launch._device(torch.device(device))
+    found = launch.find_device(torch.device(device))
     pointers = dataclasses.replace(found, descriptors=False)
     planning.plan.cache_clear()
     with mock.patch.object(planning, "SPLIT_WIDTH", 32):
@@ -147,7 +147,7 @@ def check_kernel(device: str) -> None:
         check_sizes(launch, device)
         check_others_stay(launch, device)
     planning.plan.cache_clear()
-    with mock.patch.object(launch, "_device", return_value=pointers):
+    with mock.patch.object(launch, "find_device", return_value=pointers):
         check_layouts(launch, device)
 
 

@@ -119,14 +119,14 @@ def check_one_left_out(run, device: str) -> None:
 
 
 def check_kernel(device: str) -> None:
-    from flashnorm_compile.kernels.release import kernel
+    from flashnorm_compile.kernels.release import launch
 
-    check(kernel.release, device)
-    check_left_out(kernel.release, device)
-    check_many(kernel.release, device)
-    check_one_left_out(kernel.release, device)
-    with mock.patch.object(kernel, "LARGE", 1000):
-        check_large(kernel.release, device)
+    check(launch.release, device)
+    check_left_out(launch.release, device)
+    check_many(launch.release, device)
+    check_one_left_out(launch.release, device)
+    with mock.patch.object(launch, "LARGE", 1000):
+        check_large(launch.release, device)
 
 
 def test_the_op_on_the_cpu_equals_the_reference():
@@ -144,10 +144,10 @@ def test_the_kernel_is_compiled_for_no_particular_integers():
     from triton.backends.compiler import BaseBackend
     from triton.runtime.jit import native_specialize_impl
 
-    from flashnorm_compile.kernels.release.kernel import _code
+    from flashnorm_compile.kernels.records import encode
 
     values = [0, 1, 2, 16, 768, 2**31 - 1, 2**31, 2**32, 2**46, 0x7F0123456780]
-    codes = tuple(map(_code, values))
+    codes = tuple(map(encode, values))
     types, attributes = native_specialize_impl(BaseBackend, codes, False, True, True)
     assert set(types) == {"i64"}
     assert set(attributes) == {""}
@@ -160,15 +160,15 @@ def test_kernel_equals_reference_on_the_gpu():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_other_rows_and_sizes_launch_the_kernel_that_is_there():
-    from flashnorm_compile.kernels.release import kernel
+    from flashnorm_compile.kernels.release import kernel, launch
 
     def call(rows: int, numel: int) -> None:
         samples = [torch.zeros(rows, size, device="cuda") for size in (numel, 16, 4)]
         moved = [tensor.cuda() for tensor in (torch.ones(rows), KEY, SCALARS)]
-        kernel.release(samples, *moved, 0, torch.float32)
+        launch.release(samples, *moved, 0, torch.float32)
 
     def compiled() -> int:
-        return sum(len(caches[0]) for caches in kernel._release_kernel.device_caches.values())
+        return sum(len(caches[0]) for caches in kernel.release_kernel.device_caches.values())
 
     call(2, 4)
     before = compiled()

@@ -13,6 +13,7 @@ import pytest
 import torch
 from interpreter import run_interpreted
 
+from flashnorm_compile.kernels.division import cdiv
 from flashnorm_compile.kernels.weighted_gradient import op, reference, tiling
 from flashnorm_compile.kernels.weighted_gradient.op import weighted_gradient, weighted_gradients
 
@@ -161,12 +162,14 @@ def check_kernel(device: str) -> None:
     """Check the ways in which the kernel may be run."""
     from flashnorm_compile.kernels.weighted_gradient import launch
 
+    known = launch.find_device(torch.device(device))
+
     def run(left, right, weights, tile=None, splits=None, descriptors=True):
-        device = launch.Device(processors=4, descriptors=descriptors)
-        site = launch.operand(left.mT, device), launch.operand(right, device)
+        device = dataclasses.replace(known, descriptors=descriptors, hopper=descriptors)
+        site = launch.describe_site(left, right, device)
         way = launch.choose_way(*site, device)
         way = dataclasses.replace(way, tile=tile or way.tile)
-        way = dataclasses.replace(way, steps=tiling.cdiv(left.shape[2], way.tile.tokens))
+        way = dataclasses.replace(way, steps=cdiv(left.shape[2], way.tile.tokens))
         return launch.launch([site], weights, way, device, splits)[0]
 
     check(lambda left, right, *x: launch.weighted_gradients([left], [right], *x)[0], device)

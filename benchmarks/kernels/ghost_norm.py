@@ -103,9 +103,9 @@ def variant(name: str) -> Iterator[None]:
     from flashnorm_compile.kernels.ghost_norm import launch
 
     if name == "pointers":
-        device = launch._device(torch.device("cuda", torch.cuda.current_device()))
+        device = launch.find_device(torch.device("cuda", torch.cuda.current_device()))
         pointers = dataclasses.replace(device, descriptors=False)
-        with mock.patch.object(launch, "_device", return_value=pointers):
+        with mock.patch.object(launch, "find_device", return_value=pointers):
             yield
     else:
         planning.plan.cache_clear()

@@ -19,6 +19,7 @@ import harness
 import torch
 from torch import Tensor
 
+from flashnorm_compile.kernels.division import cdiv
 from flashnorm_compile.kernels.weighted_gradient import op, tiling
 from flashnorm_compile.passes.layout import SampleAxis, masked_scale
 
@@ -123,11 +124,11 @@ def sweep(pairs: Sequence[Pair], weights: Tensor) -> dict[str, float]:
     """Return the TFLOP/s of every tile, with as many parts as are chosen for it."""
     from flashnorm_compile.kernels.weighted_gradient import launch
 
-    device = launch.Device(torch.cuda.get_device_properties(0).multi_processor_count, True)
+    device = launch.find_device(weights.device)
     sites = []
     for pair in pairs:
         left, right = by_sample(pair, weights.shape[0])
-        sites.append((launch.operand(left.mT, device), launch.operand(right, device)))
+        sites.append(launch.describe_site(left, right, device))
     tokens = right.shape[1]
     flops = sum(2.0 * left.numel() * right.shape[1] for left, right in pairs)
     found = {}
@@ -135,7 +136,7 @@ def sweep(pairs: Sequence[Pair], weights: Tensor) -> dict[str, float]:
         for size, stages in ((tile.tokens, tile.stages), *tiling.SHORT_STEPS[:1]):
             some = dataclasses.replace(tile, tokens=size, stages=stages)
             way = launch.choose_way(*sites[0], device)
-            way = dataclasses.replace(way, tile=some, steps=tiling.cdiv(tokens, size))
+            way = dataclasses.replace(way, tile=some, steps=cdiv(tokens, size))
             run = functools.partial(launch.launch, sites, weights, way, device, None)
             name = f"{tile.m} x {tile.n} x {size}, {tile.warps} warps"
             found[name] = flops / harness.median_ms(run) / 1e9

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from flashnorm_compile.kernels.convolution import reference, tiling
@@ -21,26 +18,10 @@ from flashnorm_compile.kernels.convolution.layouts import (
     in_ranges,
     strides,
 )
-from flashnorm_compile.kernels.convolution.tiling import Tile, cdiv
-
-
-@dataclass(frozen=True)
-class Device:
-    """What counts of a GPU.
-
-    Attributes:
-        processors: multiprocessors.
-        descriptors: whether it reads memory by tensor descriptors.
-        interpreted: the CPU, on which Triton interprets.
-    """
-
-    processors: int
-    descriptors: bool
-    interpreted: bool = False
-
-
-# Few processors, so that each takes several samples.
-INTERPRETER = Device(processors=3, descriptors=True, interpreted=True)
+from flashnorm_compile.kernels.convolution.tiling import Tile
+from flashnorm_compile.kernels.device import Device, find_device, float32_precision
+from flashnorm_compile.kernels.division import cdiv
+from flashnorm_compile.kernels.loading import allow_descriptors
 
 
 def convolution_samples(
@@ -79,7 +60,7 @@ def _run(
         out = gradient.new_zeros((samples, *shape) if mode == "store" else shape, dtype=out_dtype)
         return out, gradient.new_zeros(samples, dtype=torch.float32)
     with torch.cuda.device_of(gradient):
-        device = _device(gradient.device)
+        device = find_device(gradient.device)
         operands = Operands(gradient, input, geometry, boxes=False)
         if device.descriptors:
             box_size = tiling.box_size(gradient.element_size(), _is_exact(gradient))
@@ -149,9 +130,7 @@ def _launch_boxes(
     device: Device,
 ) -> None:
     gradient, input = operands.gradient, operands.input
-    if not device.interpreted:
-        # Of the calling thread, and of nothing else: the backward has threads of its own.
-        triton.set_allocator(_allocate)
+    allow_descriptors(device)
     rows, columns = gradient.shape[2:]
     boxes_kernel[grid](
         gradient,
@@ -178,7 +157,7 @@ def _launch_boxes(
         ONE_BOX=rows <= tile.rows and columns <= tile.columns,
         GRADIENT=_along(gradient) if in_ranges(gradient, (tile.rows, tile.columns)) else "elements",
         INPUT=_along(input),
-        PRECISION=_precision(),
+        PRECISION=float32_precision(),
         UPCAST=device.interpreted,
         num_warps=tile.warps,
         num_stages=tile.stages,
@@ -219,7 +198,7 @@ def _launch_elements(
         BLOCK_O=tile.outer,
         BLOCK_C=tile.inner,
         BLOCK_P=tile.columns,
-        PRECISION=_precision(),
+        PRECISION=float32_precision(),
         UPCAST=device.interpreted,
         num_warps=tile.warps,
         num_stages=tile.stages,
@@ -234,21 +213,4 @@ def _along(x: Tensor) -> str:
 
 def _is_exact(x: Tensor) -> bool:
     """Whether products are made in float32, without matrix units."""
-    return x.dtype == torch.float32 and _precision() == "ieee"
-
-
-def _precision() -> str:
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-
-
-def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
-    """Give Triton memory for the descriptors of a launch, on the current device."""
-    return torch.empty(size, dtype=torch.int8, device="cuda")
-
-
-@functools.lru_cache
-def _device(device: torch.device) -> Device:
-    if device.type == "cpu":
-        return INTERPRETER
-    properties = torch.cuda.get_device_properties(device)
-    return Device(properties.multi_processor_count, properties.major >= 9)
+    return x.dtype == torch.float32 and float32_precision() == "ieee"

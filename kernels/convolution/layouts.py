@@ -7,7 +7,6 @@ import functools
 from collections.abc import Sequence
 
 import torch
-import triton
 from torch import Tensor
 
 from flashnorm_compile.kernels.convolution.tiling import choose_box
@@ -17,6 +16,7 @@ from flashnorm_compile.kernels.convolution.transpose import (
     reorder_kernel,
     transpose_kernel,
 )
+from flashnorm_compile.kernels.division import cdiv, round_up
 
 # Fewer channels in a group would leave most of a box empty.
 LEAST_CHANNELS = 8
@@ -95,7 +95,7 @@ class Operands:
             return weights.movedim(-1, -3).contiguous()
         out = weights.new_empty(samples, outer, inner, height, width)
         size = out[0].numel()
-        reorder_kernel[(samples * triton.cdiv(size, REORDER_BLOCK),)](
+        reorder_kernel[(samples * cdiv(size, REORDER_BLOCK),)](
             weights, out, size, KERNEL=height * width, INNER=inner, BLOCK=REORDER_BLOCK
         )
         return out
@@ -161,7 +161,7 @@ def _channels_last(x: Tensor) -> Tensor:
     # PyTorch's own copy takes three times as long.
     samples, channels, height, width = x.shape
     out = torch.empty_like(x, memory_format=torch.channels_last)
-    tiles = triton.cdiv(channels, BLOCK) * triton.cdiv(height * width, BLOCK)
+    tiles = cdiv(channels, BLOCK) * cdiv(height * width, BLOCK)
     transpose_kernel[(samples * tiles,)](
         x, out, channels, height * width, x.stride(0), x.stride(1), BLOCK=BLOCK
     )
@@ -203,7 +203,7 @@ def _windows(gradient: Tensor, input: Tensor, geometry: Geometry, vector: int) -
     bytes and its columns by the padding.
     """
     samples, channels, height, width = input.shape
-    padded = triton.cdiv(channels, vector) * vector
+    padded = round_up(channels, vector)
     whole = input.new_zeros(samples, height, width + 2 * geometry.padding[1], padded)
     inside = whole[:, :, geometry.padding[1] : geometry.padding[1] + width, :channels]
     inside.copy_(input.permute(0, 2, 3, 1))

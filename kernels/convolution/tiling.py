@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
+from flashnorm_compile.kernels.division import cdiv
+
 # Elements of the weight that one program takes: those of a longer row are taken one by one.
 MAX_TAPS = 4
 # Bytes and registers of a multiprocessor.
@@ -42,11 +44,6 @@ class Tile:
     warps: int
     stages: int
     per_processor: int
-
-
-def cdiv(a: int, b: int) -> int:
-    """Return a/b, rounded up."""
-    return -(-a // b)
 
 
 @functools.cache

@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from flashnorm_compile.kernels.loading import describe, load
+
 # Rows of tiles that are taken together, column by column: neighbours share what they read.
 _GROUP: tl.constexpr = tl.constexpr(8)
 # Columns of a matrix of ones, the fewest that are multiplied everywhere.
@@ -58,8 +60,8 @@ def products_kernel(
 
     Place i of token t of sample b is read at b·left_sample + t·left_token + i·left_place, where
     places are rows of the product; and in the same way from the right, where they are columns.
-    LEFT and RIGHT say how: by a tensor descriptor where "places" or "tokens" lie side by side, or
-    by "pointers". OUT says how products are written to ``out`` [parts, m, out_width]: by a
+    LEFT and RIGHT say how: by a tensor descriptor where "places" or "tokens" lie side by side, by
+    pointers for "any". OUT says how products are written to ``out`` [parts, m, out_width]: by a
     "descriptor", by "pointers", or "none".
 
     Unless SPLIT, ``squares`` [B, tiles] gets the sum of squares of each tile, in float32. For BIAS
@@ -69,11 +71,11 @@ def products_kernel(
     PRECISION is that of float32 products. UPCAST is for the interpreter, which cannot multiply
     bfloat16.
     """
-    sizes = (samples, T, m, n, out_width)
+    sizes = (samples, m, out_width)
     left_strides = (left_sample, left_token, left_place)
     right_strides = (right_sample, right_token, right_place)
-    left = _describe(left_ptr, samples, T, m, left_strides, LEFT, BLOCK_T, BLOCK_M)
-    right = _describe(right_ptr, samples, T, n, right_strides, RIGHT, BLOCK_T, BLOCK_N)
+    left = describe(left_ptr, (samples, T, m), left_strides, LEFT, True, BLOCK_T, BLOCK_M)
+    right = describe(right_ptr, (samples, T, n), right_strides, RIGHT, True, BLOCK_T, BLOCK_N)
     if OUT == "descriptor":
         out = tl.make_tensor_descriptor(
             out_ptr,
@@ -89,14 +91,14 @@ def products_kernel(
         # The tiles of the first column sum left too. They have a loop of their own, which leaves
         # the other as it is.
         _tiles(
-            left, right, out, squares_ptr, bias_ptr, sizes, left_strides, right_strides,
+            left, right, out, squares_ptr, bias_ptr, sizes,
             splits, steps, rows, columns, 0, 1, program,
             LEFT, RIGHT, OUT, SPLIT, True, PRECISION, UPCAST, BLOCK_T, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         # Programs go on in turn.
         program = (program + programs - samples * splits * rows % programs) % programs
     _tiles(
-        left, right, out, squares_ptr, bias_ptr, sizes, left_strides, right_strides,
+        left, right, out, squares_ptr, bias_ptr, sizes,
         splits, steps, rows, columns, BIAS, columns - BIAS, program,
         LEFT, RIGHT, OUT, SPLIT, False, PRECISION, UPCAST, BLOCK_T, BLOCK_M, BLOCK_N,
     )  # fmt: skip
@@ -110,8 +112,6 @@ def _tiles(
     squares_ptr,
     bias_ptr,
     sizes,
-    left_strides,
-    right_strides,
     splits,
     steps,
     rows,
@@ -131,7 +131,7 @@ def _tiles(
     BLOCK_N: tl.constexpr,
 ):
     """Make the program's share of the tiles in ``width`` columns of tiles from ``first_column``."""
-    samples, T, m, n, out_width = sizes
+    samples, m, out_width = sizes
     # A flat loop reads the first steps of a tile during the last of the one before. With a second
     # sum in it, ptxas would wait for each product before it starts the next.
     for item in tl.range(
@@ -150,12 +150,8 @@ def _tiles(
         bias = tl.zeros((BLOCK_M, _ONES), tl.float32)
         for step in range(steps):
             t = (begin + step) * BLOCK_T
-            x = _load(
-                left, sample, t, row * BLOCK_M, T, m, left_strides, LEFT, BLOCK_T, BLOCK_M
-            )
-            y = _load(
-                right, sample, t, column * BLOCK_N, T, n, right_strides, RIGHT, BLOCK_T, BLOCK_N
-            )
+            x = load(left, sample, t, row * BLOCK_M, LEFT, True, BLOCK_T, BLOCK_M)
+            y = load(right, sample, t, column * BLOCK_N, RIGHT, True, BLOCK_T, BLOCK_N)
             if UPCAST:
                 x, y = x.to(tl.float32), y.to(tl.float32)
             total = tl.dot(x.T, y, total, input_precision=PRECISION)
@@ -182,58 +178,6 @@ def _tiles(
                 tl.store(bias_ptr + tl.cast(part, tl.int64) * m + place, sums, mask=place < m)
             else:
                 tl.store(bias_ptr + sample * rows + row, tl.sum(bias * bias) / _ONES)
-
-
-@triton.jit
-def _describe(
-    ptr,
-    samples,
-    T,
-    width,
-    strides,
-    LAYOUT: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Return what `_load` reads from. A descriptor knows where each sample ends."""
-    sample, token, place = strides
-    if LAYOUT == "places":
-        return tl.make_tensor_descriptor(
-            ptr, [samples, T, width], [sample, token, 1], [1, BLOCK_T, BLOCK]
-        )
-    elif LAYOUT == "tokens":
-        return tl.make_tensor_descriptor(
-            ptr, [samples, width, T], [sample, place, 1], [1, BLOCK, BLOCK_T]
-        )
-    else:
-        return ptr
-
-
-@triton.jit
-def _load(
-    operand,
-    sample,
-    t,
-    first,
-    T,
-    width,
-    strides,
-    LAYOUT: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Return [BLOCK_T, BLOCK] from token t and place ``first`` on; 0 beyond the sample."""
-    if LAYOUT == "places":
-        return operand.load([sample, t, first]).reshape(BLOCK_T, BLOCK)
-    elif LAYOUT == "tokens":
-        return operand.load([sample, first, t]).reshape(BLOCK, BLOCK_T).T
-    else:
-        tokens = t + tl.arange(0, BLOCK_T)[:, None]
-        places = first + tl.arange(0, BLOCK)[None, :]
-        offsets = tokens.to(tl.int64) * strides[1] + places.to(tl.int64) * strides[2]
-        offsets += tl.cast(sample, tl.int64) * strides[0]
-        inside = (tokens < T) & (places < width)
-        return tl.load(operand + offsets, mask=inside, other=0.0)
 
 
 @triton.jit

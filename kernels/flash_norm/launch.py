@@ -2,62 +2,23 @@
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass
-
 import torch
-import triton
 from torch import Tensor
 
+from flashnorm_compile.kernels.device import Device, find_device, float32_precision
+from flashnorm_compile.kernels.division import cdiv, round_up
 from flashnorm_compile.kernels.flash_norm import kernel
 from flashnorm_compile.kernels.flash_norm.tiling import (
     Tile,
-    cdiv,
     choose_tile,
     count_splits,
     count_stages,
-    round_up,
 )
+from flashnorm_compile.kernels.loading import allow_descriptors
+from flashnorm_compile.kernels.operands import Layout, Operand, describe_operand
 
 # Numbers that a program adds up where tokens were split.
 BLOCK = 2048
-
-
-@dataclass(frozen=True)
-class Device:
-    """What counts of a GPU.
-
-    Attributes:
-        processors: multiprocessors.
-        shared: bytes of shared memory that a program may have.
-        descriptors: whether it reads memory by tensor descriptors, fast enough for large tiles.
-        interpreted: whether it is the CPU, on which Triton interprets.
-    """
-
-    processors: int
-    shared: int
-    descriptors: bool
-    interpreted: bool = False
-
-
-@dataclass(frozen=True)
-class Operand:
-    """A tensor [B, T, width], and how a program reads it.
-
-    Attributes:
-        tensor: the tensor.
-        layout: "places" or "tokens", whichever lie side by side, by a tensor descriptor; or
-            "pointers".
-        strides: of samples, tokens and places.
-    """
-
-    tensor: Tensor
-    layout: str
-    strides: tuple[int, int, int]
-
-
-# Few processors, so that each goes through several tiles.
-INTERPRETER = Device(processors=3, shared=232448, descriptors=True, interpreted=True)
 
 
 def flash_norm(left: Tensor, right: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
@@ -85,10 +46,10 @@ def _products(
     left: Tensor, right: Tensor, out: Tensor | None, bias: bool
 ) -> tuple[Tensor, Tensor]:
     """Return the squares of the products and of the bias; write the products to ``out``."""
-    device = _device(left.device)
+    device = find_device(left.device)
     operands = _read(left.transpose(1, 2), device), _read(right, device)
     (samples, m, tokens), n = left.shape, right.shape[2]
-    described = all(operand.layout != "pointers" for operand in operands)
+    described = all(operand.layout.along != "any" for operand in operands)
     tile = choose_tile(m, n, tokens, left.dtype, described)
     rows, columns = cdiv(m, tile.m), cdiv(n, tile.n)
     programs = device.processors * tile.per_processor
@@ -129,10 +90,8 @@ def _launch(
     if out is not None:
         width, out_dtype = out.shape[-1], out.dtype
         aligned = width * out_dtype.itemsize % 16 == 0
-        writing = "descriptor" if aligned and device.descriptors else "pointers"
-    if device.descriptors and not device.interpreted:
-        # Of the calling thread, and of nothing else: the backward has threads of its own.
-        triton.set_allocator(_allocate)
+        writing = "descriptor" if aligned and device.hopper else "pointers"
+    allow_descriptors(device)
     tiles = samples * splits * cdiv(m, tile.m) * cdiv(n, tile.n)
     kernel.products_kernel[(min(tiles, programs),)](
         left.tensor,
@@ -145,16 +104,16 @@ def _launch(
         m,
         n,
         width,
-        *left.strides,
-        *right.strides,
+        *left.layout.strides,
+        *right.layout.strides,
         splits,
         cdiv(cdiv(tokens, tile.tokens), splits),
-        LEFT=left.layout,
-        RIGHT=right.layout,
+        LEFT=left.layout.along,
+        RIGHT=right.layout.along,
         OUT=writing,
         SPLIT=splits > 1,
         BIAS=bias,
-        PRECISION="tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
+        PRECISION=float32_precision(),
         UPCAST=device.interpreted,
         BLOCK_T=tile.tokens,
         BLOCK_M=tile.m,
@@ -185,43 +144,7 @@ def _add_parts(parts: Tensor, out: Tensor | None) -> Tensor:
 
 
 def _read(x: Tensor, device: Device) -> Operand:
-    """Return how [B, T, width] is read.
-
-    By a descriptor if one dim is contiguous and all else a multiple of 16 bytes. Strides of dims
-    of size 1 mean nothing; they are replaced by some that serve.
-    """
-    samples, tokens, width = x.shape
-    sample, token, place = x.stride()
-    if device.descriptors and x.data_ptr() % 16 == 0:
-        vector = 16 // x.element_size()
-        for layout, inner, outer, inner_size, outer_size in (
-            ("places", place, token, width, tokens),
-            ("tokens", token, place, tokens, width),
-        ):
-            inner = 1 if inner_size == 1 else inner
-            outer = round_up(inner_size, vector) if outer_size == 1 else outer
-            each = outer * outer_size if samples == 1 else sample
-            # A stride of 0 (of an expanded tensor) is left to pointers.
-            if inner == 1 and all(s > 0 and s % vector == 0 for s in (outer, each)):
-                strides = (each, outer, 1) if layout == "places" else (each, 1, outer)
-                return Operand(x, layout, strides)
-    return Operand(x, "pointers", (sample, token, place))
-
-
-def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
-    """Give Triton memory for the descriptors of a launch, on the current device."""
-    return torch.empty(size, dtype=torch.int8, device="cuda")
-
-
-@functools.lru_cache
-def _device(device: torch.device) -> Device:
-    if device.type == "cpu":
-        return INTERPRETER
-    properties = torch.cuda.get_device_properties(device)
-    return Device(
-        processors=properties.multi_processor_count,
-        # Not in torch's type stubs.
-        shared=getattr(properties, "shared_memory_per_block_optin", 49152),
-        # Blackwell's consumer GPUs (12) have descriptors, but tensor cores like Ampere's.
-        descriptors=properties.major in (9, 10),
-    )
+    """Return how [B, T, width] is read: by tensor descriptors only where large tiles are."""
+    if not device.hopper:
+        return Operand(x, Layout("any", x.stride()))
+    return describe_operand(x, descriptors=True)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from flashnorm_compile.kernels.division import cdiv, round_up
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -129,13 +131,3 @@ def count_splits(tiles: int, tokens: int, tile: Tile, programs: int) -> int:
             best, best_time = splits, time
     # None of the parts is empty.
     return cdiv(steps, cdiv(steps, best))
-
-
-def cdiv(a: int, b: int) -> int:
-    """Return a / b, rounded up."""
-    return -(-a // b)
-
-
-def round_up(a: int, b: int) -> int:
-    """Return the first multiple of b that is not below a."""
-    return cdiv(a, b) * b

@@ -22,7 +22,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .gram import describe, grams
+from flashnorm_compile.kernels.loading import describe
+
+from .gram import grams
 from .sums import signal, tile_sums
 
 
@@ -108,7 +110,7 @@ def sums_kernel(
         right_factor: the same for right.
         whole: the first so many tiles of all samples are each made by one program.
         splits: others are made in so many parts, each of a part of their rows.
-        LAYOUTS: of the four operands, whether rows are contiguous.
+        LAYOUTS: of the four operands, what lies side by side: "places" of a row, or "tokens", rows.
         GIVEN: whether left's rows are multiplied by each other already.
         SYMMETRIC: whether there is one site or two.
         ONE: whether a sample has one tile.
@@ -117,26 +119,36 @@ def sums_kernel(
         TILE: rows and columns of a tile.
         BLOCK: places of rows that are multiplied at once.
     """
+    # Triton 3.6 passes no string from a tuple on to a function, unless it is named a constant.
+    LEFT: tl.constexpr = LAYOUTS[0]
+    RIGHT: tl.constexpr = LAYOUTS[1]
+    LEFT2: tl.constexpr = LAYOUTS[2]
+    RIGHT2: tl.constexpr = LAYOUTS[3]
+    # Of one of its two dims an operand's stride is 1, and is not read.
     if GIVEN:
         left = left_ptr
     else:
         left = describe(
-            left_ptr, samples, T, m, left_sample, left_outer, LAYOUTS[0], TMA, TILE, BLOCK
-        )
+            left_ptr, (samples, T, m), (left_sample, left_outer, left_outer),
+            LEFT, TMA, TILE, BLOCK,
+        )  # fmt: skip
     right = describe(
-        right_ptr, samples, T, n, right_sample, right_outer, LAYOUTS[1], TMA, TILE, BLOCK
-    )
+        right_ptr, (samples, T, n), (right_sample, right_outer, right_outer),
+        RIGHT, TMA, TILE, BLOCK,
+    )  # fmt: skip
     blocks, blocks2 = tl.cdiv(T, TILE), tl.cdiv(S, TILE)
     if SYMMETRIC:
         left2, right2 = left, right
         tiles = blocks * (blocks + 1) // 2
     else:
         left2 = describe(
-            left2_ptr, samples, S, m, left2_sample, left2_outer, LAYOUTS[2], TMA, TILE, BLOCK
-        )
+            left2_ptr, (samples, S, m), (left2_sample, left2_outer, left2_outer),
+            LEFT2, TMA, TILE, BLOCK,
+        )  # fmt: skip
         right2 = describe(
-            right2_ptr, samples, S, n, right2_sample, right2_outer, LAYOUTS[3], TMA, TILE, BLOCK
-        )
+            right2_ptr, (samples, S, n), (right2_sample, right2_outer, right2_outer),
+            RIGHT2, TMA, TILE, BLOCK,
+        )  # fmt: skip
         tiles = blocks * blocks2
     operands = (left, right, left2, right2)
     split_tiles = samples * tiles - whole

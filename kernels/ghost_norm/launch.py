@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
-import triton
 from torch import Tensor
 
+from flashnorm_compile.kernels.device import find_device
 from flashnorm_compile.kernels.ghost_norm import kernel, planning, reference
-from flashnorm_compile.kernels.ghost_norm.planning import INTERPRETER, Device, Layout
+from flashnorm_compile.kernels.loading import allow_descriptors
 
 
 def ghost_norm(left: Tensor, right: Tensor, left_error: float, right_error: float) -> Tensor:
@@ -45,13 +43,12 @@ def _launch(
     Without ``norms`` there are the first two operands only.
     """
     first = rows[0]
-    device = _device(first.device)
+    device = find_device(first.device)
     lies = tuple((x.shape, x.stride(), x.data_ptr() % 16 == 0) for x in rows)
     # Made once: a step has many layers of one shape.
     plan = planning.plan(lies, device)
-    layouts = plan.layouts
-    if any(layout.copied for layout in layouts):
-        rows = tuple(_copy(x, y) for x, y in zip(rows, layouts[: len(rows)], strict=True))
+    for operand, width in plan.copied:
+        rows = *rows[:operand], _copy(rows[operand], width), *rows[operand + 1 :]
     (samples, tokens, m), (_, tokens2, n) = lies[0][0], lies[-1][0]
     if plan.given:
         rows = _products(rows[0]), rows[1]
@@ -59,9 +56,7 @@ def _launch(
     scratch = first.new_empty(plan.scratch, dtype=torch.float32)
     counters = first.new_zeros(plan.counters, dtype=torch.int32)
     with torch.cuda.device_of(out):
-        if device.descriptors and not device.interpreted:
-            # Of the calling thread, and of nothing else: the backward has threads of its own.
-            triton.set_allocator(_allocate)
+        allow_descriptors(device)
         kernel.sums_kernel[(plan.programs,)](
             *(rows if norms else rows * 2),
             *(norms or (scratch,) * 4),
@@ -73,11 +68,11 @@ def _launch(
             tokens2,
             m,
             n,
-            *(stride for layout in layouts for stride in (layout.sample, layout.outer)),
+            *plan.strides,
             *factors,
             plan.whole,
             plan.splits,
-            LAYOUTS=tuple(layout.contiguous for layout in layouts),
+            LAYOUTS=plan.along,
             GIVEN=plan.given,
             SYMMETRIC=norms is None,
             ONE=plan.one,
@@ -91,14 +86,12 @@ def _launch(
     return out
 
 
-def _copy(x: Tensor, layout: Layout) -> Tensor:
+def _copy(x: Tensor, width: int) -> Tensor:
     """Copy rows to where the kernel can read them, with zeros up to a multiple of 16 bytes."""
-    if not layout.copied:
-        return x
-    (samples, tokens, width), outer = x.shape, layout.outer
-    copy = x.new_empty((samples, tokens, outer))
-    copy[..., :width].copy_(x)
-    copy[..., width:].zero_()
+    samples, tokens, filled = x.shape
+    copy = x.new_empty((samples, tokens, width))
+    copy[..., :filled].copy_(x)
+    copy[..., filled:].zero_()
     return copy
 
 
@@ -107,20 +100,3 @@ def _products(rows: Tensor) -> Tensor:
     if not rows.is_cuda:
         return rows.float() @ rows.float().mT
     return torch.bmm(rows, rows.mT, out_dtype=torch.float32)
-
-
-def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
-    """Give Triton memory for the descriptors of a launch, on the current device."""
-    return torch.empty(size, dtype=torch.int8, device="cuda")
-
-
-@functools.lru_cache
-def _device(device: torch.device) -> Device:
-    if device.type == "cpu":
-        return INTERPRETER
-    properties = torch.cuda.get_device_properties(device)
-    return Device(
-        processors=properties.multi_processor_count,
-        descriptors=properties.major >= 9,
-        hopper=properties.major in (9, 10),
-    )

@@ -7,7 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
-# Numbers of 16 bits that make up 16 bytes.
+from flashnorm_compile.kernels.device import Device
+from flashnorm_compile.kernels.division import cdiv, round_up
+from flashnorm_compile.kernels.operands import Layout, find_layout
+
+# Of a number, in bytes; and numbers that make up 16 bytes.
+NUMBER = 2
 VECTOR = 8
 
 
@@ -56,49 +61,14 @@ LONG_WIDTH = 2**15
 
 
 @dataclass(frozen=True)
-class Device:
-    """What counts of a GPU.
-
-    Attributes:
-        processors: multiprocessors.
-        descriptors: whether it reads memory by tensor descriptors.
-        hopper: whether it has the shared memory of Hopper or of data centres' Blackwell.
-        interpreted: the CPU, on which Triton interprets.
-    """
-
-    processors: int
-    descriptors: bool
-    hopper: bool
-    interpreted: bool = False
-
-
-# Few processors, so that programs go through several tiles, and split others.
-INTERPRETER = Device(processors=3, descriptors=True, hopper=True, interpreted=True)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How rows [B, T, width] lie in memory.
-
-    Attributes:
-        sample: stride of samples.
-        outer: stride of rows or, if rows lie side by side, of places in them.
-        contiguous: whether rows are contiguous.
-        copied: whether the kernel cannot read the rows where they are.
-    """
-
-    sample: int
-    outer: int
-    contiguous: bool
-    copied: bool
-
-
-@dataclass(frozen=True)
 class Plan:
     """All of a launch that follows from sizes and strides.
 
     Attributes:
-        layouts: of left, right, left2 and right2.
+        along: of left, right, left2 and right2, what lies side by side: "places" or "tokens".
+        strides: of each: of samples, and of tokens or, if these lie side by side, of places.
+        copied: the operands that the kernel cannot read where they are, with the width of rows that
+            they are copied to.
         tile: the size of tiles.
         one: whether a sample has one tile.
         given: whether left's rows are multiplied by each other before.
@@ -109,7 +79,9 @@ class Plan:
         counters: int32 zeros; 0 if there are none.
     """
 
-    layouts: tuple[Layout, ...]
+    along: tuple[str, ...]
+    strides: tuple[int, ...]
+    copied: tuple[tuple[int, int], ...]
     tile: Tile
     one: bool
     given: bool
@@ -125,9 +97,19 @@ def plan(lies: tuple[tuple[torch.Size, tuple[int, ...], bool], ...], device: Dev
     """Plan a launch for operands of these shapes and strides, 16-byte aligned or not."""
     (samples, tokens, m), (_, tokens2, n) = lies[0][0], lies[-1][0]
     symmetric = len(lies) == 2
-    layouts = tuple(_layout(*each, device.descriptors) for each in lies)
+    layouts, copied = [], []
+    for operand, (shape, stride, aligned) in enumerate(lies):
+        layout = find_layout(shape, stride, NUMBER, aligned, device.descriptors)
+        if layout.along == "any":
+            # To read it entry by entry (a vocabulary of 50257) would take several times as long.
+            width = round_up(shape[2], VECTOR)
+            layout = Layout("places", (shape[1] * width, width, 1))
+            copied.append((operand, width))
+        layouts.append(layout)
+    if symmetric:
+        layouts *= 2
     tile = _tile(max(tokens, tokens2))
-    blocks, blocks2 = _cdiv(tokens, tile.rows), _cdiv(tokens2, tile.rows)
+    blocks, blocks2 = cdiv(tokens, tile.rows), cdiv(tokens2, tile.rows)
     tiles = blocks * (blocks + 1) // 2 if symmetric else blocks * blocks2
     # Two operands take twice the shared memory of one.
     per_processor = tile.per_processor if symmetric else max(1, tile.per_processor // 2)
@@ -136,7 +118,9 @@ def plan(lies: tuple[tuple[torch.Size, tuple[int, ...], bool], ...], device: Dev
     whole, splits = _split(samples * tiles, programs, 0 if given else m + n)
     split = samples * tiles - whole
     return Plan(
-        layouts=layouts * 2 if symmetric else layouts,
+        along=tuple(layout.along for layout in layouts),
+        strides=tuple(stride for layout in layouts for stride in _outer_strides(layout)),
+        copied=tuple(copied),
         tile=tile,
         one=tiles == 1,
         given=given,
@@ -162,34 +146,6 @@ def _split(tiles: int, programs: int, width: int) -> tuple[int, int]:
     return (tiles - rest, splits) if splits > 1 else (tiles, 1)
 
 
-def _layout(
-    shape: torch.Size, stride: tuple[int, ...], aligned: bool, descriptors: bool
-) -> Layout:
-    """Say how the kernel reads rows [B, T, width].
-
-    One dim must be contiguous and all else multiples of 16 bytes (without descriptors, the
-    contiguous dim's size as well). What is not (a vocabulary of 50257) is copied: to read it entry
-    by entry would take several times as long.
-    """
-    (samples, tokens, width), (sample, token, place) = shape, stride
-    for contiguous, inner, outer, inner_size, outer_size in (
-        (True, place, token, width, tokens),
-        (False, token, place, tokens, width),
-    ):
-        # Strides of dims of size 1 mean nothing; they are replaced by some that serve.
-        inner = 1 if inner_size == 1 else inner
-        outer = _round_up(inner_size) if outer_size == 1 else outer
-        each = outer * outer_size if samples == 1 else sample
-        multiples = (outer, each) if descriptors else (outer, each, inner_size)
-        if aligned and inner == 1 and all(x > 0 and x % VECTOR == 0 for x in multiples):
-            return Layout(each, outer, contiguous, False)
-    outer = _round_up(width)
-    return Layout(tokens * outer, outer, True, True)
-
-
-def _round_up(size: int) -> int:
-    return _cdiv(size, VECTOR) * VECTOR
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
+def _outer_strides(layout: Layout) -> tuple[int, int]:
+    sample, token, place = layout.strides
+    return sample, token if layout.along == "places" else place

@@ -63,7 +63,7 @@ def _add_noise_kernel(
     noise = tl.zeros((4 * QUADS,), tl.float32)
     if noise_scale != 0.0:
         block = first + tl.arange(0, QUADS)
-        z0, z1, z2, z3 = _normals(block, seed, release, stream, BLOCK_HIGH_BITS)
+        z0, z1, z2, z3 = normals(block, seed, release, stream, BLOCK_HIGH_BITS)
         noise = tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3)) * noise_scale
 
     element = first * 4 + tl.arange(0, 4 * QUADS)
@@ -75,7 +75,7 @@ def _add_noise_kernel(
 
 
 @triton.jit
-def _normals(block, seed, release, stream, BLOCK_HIGH_BITS: tl.constexpr):
+def normals(block, seed, release, stream, BLOCK_HIGH_BITS: tl.constexpr):
     """Return the four normals of each Philox block. Arguments are int64; stream may be int32."""
     c0 = block.to(tl.uint32)
     c1 = ((block >> 32) | (stream.to(tl.int64) << BLOCK_HIGH_BITS)).to(tl.uint32)

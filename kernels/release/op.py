@@ -86,10 +86,10 @@ def _(
     out_dtype: torch.dtype,
 ) -> list[Tensor]:
     # Imported here: the package must import where Triton is not installed.
-    from flashnorm_compile.kernels.release import kernel
+    from flashnorm_compile.kernels.release import launch
 
     _validate(samples, weights, key, scalars, first_stream)
-    return kernel.release(samples, weights, key, scalars, first_stream, out_dtype)
+    return launch.release(samples, weights, key, scalars, first_stream, out_dtype)
 
 
 def _validate(

@@ -20,7 +20,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flashnorm_compile.kernels.release.kernel import _decode
+from flashnorm_compile.kernels.loading import describe, load
+from flashnorm_compile.kernels.records import decode, find_record
 
 # Rows of tiles that run together: with 128 x 256 those of an H100 then make a square of a result.
 _GROUP: tl.constexpr = tl.constexpr(16)
@@ -49,7 +50,7 @@ def weighted_gradients_kernel(
     The grid is (tiles of all sites, splits).
 
     Args:
-        sites: LENGTH records of codes, see `_decode`: the first tile of the site, the addresses of
+        sites: LENGTH records of codes, see `records`: the first tile of the site, the addresses of
             left, right and out, m, n, T, and strides of samples, tokens and places of left and of
             right. ``out`` is [splits, m, n] float32; its parts add up to the result.
         weights_ptr: [samples] float32.
@@ -69,19 +70,21 @@ def weighted_gradients_kernel(
         BLOCK_N: columns of a tile.
         BLOCK_T: tokens of one sample that are multiplied at once.
     """
-    site = _find(sites, tl.program_id(0), LENGTH)
-    tile = tl.program_id(0) - _decode(site[0]).to(tl.int32)
-    out_ptr = tl.multiple_of(_decode(site[3]).to(tl.pointer_type(tl.float32)), 16)
+    site = find_record(sites, tl.program_id(0), 0, LENGTH)
+    tile = tl.program_id(0) - decode(site[0]).to(tl.int32)
+    out_ptr = tl.multiple_of(decode(site[3]).to(tl.pointer_type(tl.float32)), 16)
     m, n, tokens = (
-        _decode(site[4]).to(tl.int32), _decode(site[5]).to(tl.int32), _decode(site[6]).to(tl.int32)
+        decode(site[4]).to(tl.int32), decode(site[5]).to(tl.int32), decode(site[6]).to(tl.int32)
     )  # fmt: skip
-    left = _operand(
-        site[1], site[7], site[8], site[9], samples, tokens, m, DTYPE, LEFT, DESCRIPTORS, BLOCK_T,
-        BLOCK_M,
+    left = describe(
+        _pointer(site[1], DTYPE, LEFT), (samples, tokens, m),
+        (decode(site[7]), decode(site[8]), decode(site[9])),
+        LEFT, DESCRIPTORS, BLOCK_T, BLOCK_M,
     )  # fmt: skip
-    right = _operand(
-        site[2], site[10], site[11], site[12], samples, tokens, n, DTYPE, RIGHT, DESCRIPTORS,
-        BLOCK_T, BLOCK_N,
+    right = describe(
+        _pointer(site[2], DTYPE, RIGHT), (samples, tokens, n),
+        (decode(site[10]), decode(site[11]), decode(site[12])),
+        RIGHT, DESCRIPTORS, BLOCK_T, BLOCK_N,
     )  # fmt: skip
     row, column = _place(tile, tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N))
     row, column = row * BLOCK_M, column * BLOCK_N
@@ -99,10 +102,8 @@ def weighted_gradients_kernel(
     scale = tl.where(weight != 0.0, weight, 1.0).to(tl.float64)
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for _ in range(begin, end):
-        x = _load(left, source, token, row, samples, tokens, m, LEFT, DESCRIPTORS, BLOCK_T, BLOCK_M)
-        y = _load(
-            right, source, token, column, samples, tokens, n, RIGHT, DESCRIPTORS, BLOCK_T, BLOCK_N
-        )
+        x = load(left, source, token, row, LEFT, DESCRIPTORS, BLOCK_T, BLOCK_M)
+        y = load(right, source, token, column, RIGHT, DESCRIPTORS, BLOCK_T, BLOCK_N)
         if UPCAST:
             x, y = x.to(tl.float32), y.to(tl.float32)
         sums = tl.dot(x.T, y, sums, input_precision=PRECISION)
@@ -136,19 +137,10 @@ def weighted_gradients_kernel(
 
 
 @triton.jit
-def _find(sites, tile, LENGTH: tl.constexpr):
-    """Return the record of the tile's site, the last that starts at or before the tile.
-
-    By unrolled selections: an argument cannot be indexed at run time.
-    """
-    site = sites[0]
-    for k in tl.static_range(1, LENGTH):
-        later = tile >= _decode(sites[k][0])
-        fields = (tl.where(later, sites[k][0], site[0]),)
-        for field in tl.static_range(1, len(site)):
-            fields += (tl.where(later, sites[k][field], site[field]),)  # type: ignore[assignment]
-        site = fields
-    return site
+def _pointer(address, DTYPE: tl.constexpr, ALONG: tl.constexpr):
+    """Return the pointer to an operand, with what is promised of it."""
+    ptr = decode(address).to(tl.pointer_type(DTYPE))
+    return ptr if ALONG == "any" else tl.multiple_of(ptr, 16)
 
 
 @triton.jit
@@ -159,80 +151,3 @@ def _place(tile, rows, columns):
     height = tl.minimum(rows - first, _GROUP)
     inside = tile - group * _GROUP * columns
     return first + inside % height, inside // height
-
-
-@triton.jit
-def _operand(
-    address,
-    sample_stride,
-    token_stride,
-    place_stride,
-    samples,
-    tokens,
-    width,
-    DTYPE: tl.constexpr,
-    MODE: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Return what `_load` loads from: a descriptor, or a pointer and strides.
-
-    A descriptor's box ends where its sample ends, and is filled with 0.
-    """
-    ptr = _decode(address).to(tl.pointer_type(DTYPE))
-    sample_stride = _decode(sample_stride)
-    token_stride = _decode(token_stride)
-    place_stride = _decode(place_stride)
-    if DESCRIPTORS and MODE == "places":
-        return tl.make_tensor_descriptor(
-            ptr, [samples, tokens, width], [sample_stride, token_stride, 1], [1, BLOCK_T, BLOCK]
-        )
-    elif DESCRIPTORS and MODE == "tokens":
-        return tl.make_tensor_descriptor(
-            ptr, [samples, width, tokens], [sample_stride, place_stride, 1], [1, BLOCK, BLOCK_T]
-        )
-    else:
-        vector: tl.constexpr = 128 // DTYPE.primitive_bitwidth
-        if MODE != "any":
-            ptr = tl.multiple_of(ptr, 16)
-            sample_stride = sample_stride // vector * vector
-        if MODE == "places":
-            token_stride, place_stride = token_stride // vector * vector, 1
-        if MODE == "tokens":
-            token_stride, place_stride = 1, place_stride // vector * vector
-        return ptr, sample_stride, token_stride, place_stride
-
-
-@triton.jit
-def _load(
-    operand,
-    sample,
-    token,
-    place,
-    samples,
-    tokens,
-    width,
-    MODE: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Return [BLOCK_T, BLOCK] of a sample from a token and place on; 0 outside."""
-    if DESCRIPTORS and MODE == "places":
-        return operand.load([sample, token, place]).reshape(BLOCK_T, BLOCK)
-    elif DESCRIPTORS and MODE == "tokens":
-        return operand.load([sample, place, token]).reshape(BLOCK, BLOCK_T).T
-    else:
-        ptr, sample_stride, token_stride, place_stride = operand
-        vector: tl.constexpr = 128 // ptr.dtype.element_ty.primitive_bitwidth
-        # A mask that may end anywhere makes the compiler read single elements.
-        if MODE == "places":
-            width = width // vector * vector
-        if MODE == "tokens":
-            tokens = tokens // vector * vector
-        t = (token + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
-        i = (place + tl.arange(0, BLOCK)).to(tl.int64)[None, :]
-        inside = (t < tokens) & (i < width) & (sample < samples)
-        start = ptr + sample.to(tl.int64) * sample_stride
-        return tl.load(start + t * token_stride + i * place_stride, mask=inside, other=0.0)

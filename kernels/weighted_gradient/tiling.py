@@ -6,6 +6,8 @@ import dataclasses
 import functools
 from dataclasses import dataclass
 
+from flashnorm_compile.kernels.division import cdiv
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -116,8 +118,3 @@ def count_splits(tiles: int, steps: int, tile: Tile, processors: int) -> int:
         return cdiv(tiles * splits, programs) * (cdiv(steps, splits) * tile.tokens + scratch)
 
     return min(range(1, max(1, min(steps, SPLIT_TILES * programs // tiles)) + 1), key=time)
-
-
-def cdiv(a: int, b: int) -> int:
-    """Return a / b, rounded up."""
-    return -(-a // b)
