@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import weakref
+from typing import NamedTuple
 
 import torch
-from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
+
+from flashnorm_compile.weak import WeakTensorDict
 
 
-@dataclass(frozen=True)
-class _Mark:
+class _Mark(NamedTuple):
     """How a released gradient looked when it was put into ``.grad``.
 
     An address alone says little: the allocator gives it to the next gradient. The tensor object
@@ -17,21 +18,21 @@ class _Mark:
     through ``.data`` are not counted; nothing short of reading the values would see them.
     """
 
-    grad: TensorWeakRef
+    grad: weakref.ref[torch.Tensor]
     pointer: int
     version: int
     count: int
 
 
-# parameter → its last private gradient; keyed by identity, and gone with the parameter.
-_marks: WeakIdKeyDictionary = WeakIdKeyDictionary()
+# parameter → its last private gradient.
+_marks: WeakTensorDict[_Mark] = WeakTensorDict()
 
 
 def mark_private(parameter: torch.Tensor, releases: int = 1) -> None:
     """Record a parameter's present ``.grad`` as the sum of so many releases."""
     grad = parameter.grad
     if grad is not None:
-        _marks[parameter] = _Mark(TensorWeakRef(grad), grad.data_ptr(), grad._version, releases)
+        _marks[parameter] = _Mark(weakref.ref(grad), grad.data_ptr(), grad._version, releases)
 
 
 def came_from_us(parameter: torch.Tensor) -> bool:
@@ -39,7 +40,7 @@ def came_from_us(parameter: torch.Tensor) -> bool:
     mark, grad = _marks.get(parameter), parameter.grad
     if mark is None or grad is None or mark.grad() is not grad:
         return False
-    return (grad.data_ptr(), grad._version) == (mark.pointer, mark.version)
+    return bool(grad._version == mark.version and grad.data_ptr() == mark.pointer)
 
 
 def was_released(parameter: torch.Tensor) -> bool:

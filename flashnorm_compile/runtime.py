@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -75,8 +74,7 @@ class PrivateGraph:
                 )
 
 
-@dataclass(frozen=True)
-class _Leaving:
+class _Leaving(NamedTuple):
     """A gradient on its way to ``.grad``: its storage, which no other tensor can pass for."""
 
     storage: StorageWeakRef
@@ -90,7 +88,8 @@ class _Leaving:
 
     def arrived_as(self, grad: torch.Tensor) -> bool:
         """Return whether this and nothing more is in a ``.grad``."""
-        same_storage = StorageWeakRef(grad.untyped_storage()).cdata == self.storage.cdata
+        # While a weak reference is left, no other storage gets the address.
+        same_storage = grad.untyped_storage()._cdata == self.storage.cdata
         return same_storage and (grad.data_ptr(), grad._version) == (self.pointer, self.version)
 
 

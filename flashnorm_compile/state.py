@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
 
 from flashnorm_compile.errors import PrivacyError
 from flashnorm_compile.noise_streams import NoiseStream
 from flashnorm_compile.options import Options
 from flashnorm_compile.passes.release import REFUSED
 from flashnorm_compile.released import came_from_us, mark_private, was_released
+from flashnorm_compile.weak import WeakTensorDict
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Observation:
 
 
 # parameter → the step that trains it.
-_owners: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_owners: WeakTensorDict[weakref.ref[StepState]] = WeakTensorDict()
 
 
 @dataclass(eq=False)
@@ -82,8 +82,8 @@ class StepState:
     blocks: int = 0
     before_release: Callable[[float], None] | None = None
     observations: list[Observation] = field(default_factory=list)
-    parameters: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
-    sums: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
+    parameters: WeakTensorDict[str] = field(default_factory=WeakTensorDict)
+    sums: WeakTensorDict[torch.Tensor] = field(default_factory=WeakTensorDict)
     graphs_run: int = 0
     reports: list[Any] = field(default_factory=list)
     _refusals: list[_Refusal] = field(default_factory=list)
@@ -145,7 +145,7 @@ class StepState:
         They are zeroed once more, so that nothing depends on the answer, which on a GPU may come
         a step later.
         """
-        for parameter, name in list(self.parameters.items()):
+        for parameter, name in self.parameters.items():
             if parameter.grad is None:
                 continue
             if was_released(parameter) and not came_from_us(parameter):

@@ -296,7 +296,7 @@ class PrivateStep(Generic[P, R]):
             )
         parameters = [
             (stream, parameter, name)
-            for stream, (parameter, name) in enumerate(list(state.parameters.items()))
+            for stream, (parameter, name) in enumerate(state.parameters.items())
             if parameter.requires_grad
         ]
         state.accept_zeroed()

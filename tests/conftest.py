@@ -10,6 +10,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+# Sizes are symbols in nearly every test: a twentieth of its time.
+os.environ.setdefault("SYMPY_CACHE_SIZE", "200000")
 
 import logging
 

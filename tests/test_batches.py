@@ -188,7 +188,9 @@ def test_empty_batch_with_noise():
     assert 0.4 < drawn.square().mean() < 1.6
 
 
-@pytest.mark.parametrize("name", EDGE_CASES)
+@pytest.mark.parametrize("name", [
+    "dense-mlp", "conv-cnn_max_pool", "sharing-tied_head", "parameters-orthogonal_householder",
+])
 def test_batch_size_changes_without_recompiling(name):
     """Static at first, then with a symbolic batch size: at most two graphs of the step."""
     case = CASES[name]

@@ -59,6 +59,9 @@ DYNAMIC = (
     "attention-multihead_attention_cross",
     "attention-positions_parameter",
     "attention-relative_position_bias",
+    "parameters-channels_last_weight",
+    "parameters-orthogonal_matrix_exp",
+    "parameters-orthogonal_cayley",
     "parameters-weight_norm",
     "parameters-weight_norm_conv",
     "parameters-parameter_by_gather",
@@ -74,14 +77,10 @@ DYNAMIC = (
 
 #: Operations that the rewrite writes with a symbolic number of samples.
 DYNAMIC_WITH_INDUCTOR = (
-    "dense-einsum_heads",
     "dense-matmul_spellings",
-    "conv-cnn_max_pool",
     "sharing-embedding_twice_and_tied_head",
     "sharing-indexed_by_gather",
-    "sharing-overlapping_slices",
     "attention-multihead_attention_cross",
-    "parameters-weight_norm",
     "losses-two_token_means",
 )
 

@@ -7,23 +7,21 @@ from driver import call, check_case, check_every_strategy, private_step
 from zoo_modules import all_cases
 
 CASES = all_cases()
+#: How samples' norms are found does not depend on the loss, on how a step is called, or on what
+#: becomes of queries and keys.
+WITH_ONE_STRATEGY = ("losses-", "calls-", "attention-")
 #: "auto" chooses another strategy for embeddings than for most other sites.
 WITH_EMBEDDINGS = [name for name in CASES if "embedding" in name or "tied" in name]
 
 #: One case per kind of gradient site, and those whose lowering differs most.
 WITH_INDUCTOR = (
-    "dense-mlp_time_axis",
     "dense-time_first",
     "dense-bilinear_time_axis",
     "conv-cnn_max_pool",
-    "sharing-tied_head",
     "sharing-weight_at_three_lengths",
     "attention-class_token_expand",
     "parameters-scalar_parameter",
     "parameters-orthogonal_householder",
-    "parameters-orthogonal_matrix_exp",
-    "parameters-orthogonal_cayley",
-    "parameters-orthogonal_no_base_householder",
     "parameters-channels_last_weight",
     "losses-token_mean",
     "calls-autocast_tied_head",
@@ -32,7 +30,10 @@ WITH_INDUCTOR = (
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_matches_oracle(case):
-    check_every_strategy(case)
+    if case.name.startswith(WITH_ONE_STRATEGY) and case.precision == "float32":
+        check_case(case, "ghost")
+    else:
+        check_every_strategy(case)
 
 
 @pytest.mark.parametrize("name", WITH_EMBEDDINGS)

@@ -47,7 +47,7 @@ def pad_everything(monkeypatch):
     assert any(padded)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", ["materialize", "ghost"])
 @pytest.mark.parametrize("name", PADDED)
 def test_matches_oracle(name, strategy):
     check_case(CASES[name], strategy)
