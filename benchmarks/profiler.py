@@ -16,7 +16,7 @@ from timing import synchronize
 # First match wins; names as Inductor, cuBLAS, cuDNN and PyTorch give them. Inductor's own come
 # first: they list the operations that they fuse.
 FAMILIES = (
-    ("noise", r"add_noise|_release_kernel"),
+    ("noise", r"add_noise|release_kernel"),
     ("optimizer", r"multi_tensor_apply|fused_adam"),
     ("triton reduction", r"^triton_(red|per|split)"),
     ("triton pointwise", r"^triton_(poi|for)"),

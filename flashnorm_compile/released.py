@@ -21,7 +21,7 @@ class _Mark(NamedTuple):
     grad: weakref.ref[torch.Tensor]
     pointer: int
     version: int
-    count: int
+    releases: int
 
 
 # parameter → its last private gradient.
@@ -52,4 +52,4 @@ def was_released(parameter: torch.Tensor) -> bool:
 def releases_in(parameter: torch.Tensor) -> int:
     """Return how many releases were added up in a parameter's ``.grad``."""
     mark = _marks.get(parameter)
-    return 0 if mark is None else mark.count
+    return 0 if mark is None else mark.releases

@@ -32,6 +32,7 @@ class WeakTensorDict(MutableMapping[torch.Tensor, V]):
         self._entries: dict[int, tuple[_Key, V]] = {}
 
     def get(self, tensor: torch.Tensor, default: Any = None) -> Any:
+        """Return a tensor's value, or the default."""
         entry = self._entries.get(id(tensor))
         # Another tensor may have the id of one that is gone. The reference then holds nothing.
         return entry[1] if entry is not None and entry[0]() is tensor else default
@@ -40,7 +41,7 @@ class WeakTensorDict(MutableMapping[torch.Tensor, V]):
         value = self.get(tensor, _MISSING)
         if value is _MISSING:
             raise KeyError(id(tensor))
-        return value  # type: ignore[no-any-return]
+        return value
 
     def __contains__(self, tensor: object) -> bool:
         entry = self._entries.get(id(tensor))
@@ -63,6 +64,7 @@ class WeakTensorDict(MutableMapping[torch.Tensor, V]):
         del self._entries[id(tensor)]
 
     def items(self) -> list[tuple[torch.Tensor, V]]:  # type: ignore[override]
+        """Return the tensors that are alive, with their values."""
         found = []
         for key, value in list(self._entries.values()):
             tensor = key()

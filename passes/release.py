@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import fx
 
@@ -16,6 +18,8 @@ from flashnorm_compile.passes.sites.fused_matmul import FusedMatmulSite, weighte
 EPSILON = 1e-6
 # In place of a norm: the incoming gradient was not the loss's own (see ``clip``).
 REFUSED = -1.0
+# Of sums that wait for their noise, unless one alone takes more.
+SUMS_BYTES = 2**28
 
 
 def insert_clipping(
@@ -81,26 +85,46 @@ def insert_release(
     """Return (Σ_i c_i g_i + σC·z)/E in place of every gradient, each with noise of its own stream.
 
     Per-sample gradients are summed, noised and scaled in one pass; sums that the sites make
-    themselves are noised as a batch of one.
+    themselves are noised as a batch of one. Some gradients are released before the next are summed,
+    so that not all sums are there beside what they become.
     """
     before = joint.output_node
     one = context.emit(lambda scalars: scalars.new_ones(1), scalars, before=before)
-    sums = _sums_of_fused_sites(gradients, norms, weights, before)
-    pending: dict[tuple[torch.dtype, bool], list[tuple[int, fx.Node]]] = {}
-    for gradient in gradients:
-        samples = _samples_in_place(gradient, norms, context, before)
-        value = samples or _weighted_sites(
-            gradient, norms, sums, weights, key, scalars, context, before
-        )
-        dtype = joint.inputs[gradient.index].meta["val"].dtype
-        pending.setdefault((dtype, samples is not None), []).append((gradient.index, value))
+    sums: dict[Site, fx.Node] = {}
     stream = 0
-    for (dtype, per_sample), values in pending.items():
-        if not per_sample:
-            values = [(i, context.emit(_as_one, x, before=before)) for i, x in values]
-        weighing = weights if per_sample else one
-        _release(joint, values, weighing, key, scalars, stream, dtype, context)
-        stream += len(values)
+    for some in _parts(joint, gradients):
+        sums |= _sums_of_fused_sites(some, norms, sums, weights, before)
+        pending: dict[tuple[torch.dtype, bool], list[tuple[int, fx.Node]]] = {}
+        for gradient in some:
+            samples = _samples_in_place(gradient, norms, context, before)
+            value = samples or _weighted_sites(
+                gradient, norms, sums, weights, key, scalars, context, before
+            )
+            dtype = joint.inputs[gradient.index].meta["val"].dtype
+            pending.setdefault((dtype, samples is not None), []).append((gradient.index, value))
+        for (dtype, per_sample), values in pending.items():
+            if not per_sample:
+                values = [(i, context.emit(_as_one, x, before=before)) for i, x in values]
+            weighing = weights if per_sample else one
+            _release(joint, values, weighing, key, scalars, stream, dtype, context)
+            stream += len(values)
+
+
+def _parts(
+    joint: JointGraph, gradients: list[ParameterGradient]
+) -> Iterator[list[ParameterGradient]]:
+    """Cut the gradients into parts whose float32 sums take `SUMS_BYTES` at most."""
+    part: list[ParameterGradient] = []
+    size = 0
+    for gradient in gradients:
+        more = 4 * joint.inputs[gradient.index].meta["val"].numel()
+        if part and size + more > SUMS_BYTES:
+            yield part
+            part, size = [], 0
+        part.append(gradient)
+        size += more
+    if part:
+        yield part
 
 
 def _as_one(x: torch.Tensor) -> torch.Tensor:
@@ -192,14 +216,19 @@ def _sum_over_samples(
 
 
 def _sums_of_fused_sites(
-    gradients: list[ParameterGradient], norms: Norms, weights: fx.Node, before: fx.Node
+    gradients: list[ParameterGradient],
+    norms: Norms,
+    known: dict[Site, fx.Node],
+    weights: fx.Node,
+    before: fx.Node,
 ) -> dict[Site, fx.Node]:
-    """Weigh the samples at those sites that share launches."""
+    """Weigh the samples at those sites that share launches, unless their sums are known."""
     sites = [
         site
         for gradient in gradients
         for site in gradient.sites
         if isinstance(site, FusedMatmulSite)
+        and site not in known
         and (gradient.index, site.node) not in norms.per_sample
         and (gradient.index, gradient.output) not in norms.per_sample
     ]

@@ -13,6 +13,7 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 # Sizes are symbols in nearly every test: a twentieth of its time.
 os.environ.setdefault("SYMPY_CACHE_SIZE", "200000")
 
+import gc
 import logging
 
 import pytest
@@ -21,6 +22,8 @@ import torch
 # Its records are for a trace collector; they would fill the report of every failed test.
 logging.getLogger("torch.__trace").propagate = False
 torch.set_num_threads(1)
+# A compiler makes many objects and few circles of them: half as many collections of garbage.
+gc.set_threshold(20_000, 20, 10)
 
 
 def pytest_configure(config: pytest.Config) -> None:

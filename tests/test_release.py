@@ -6,10 +6,13 @@ import pytest
 import scipy.stats
 import torch
 import torch.nn.functional as F
+from driver import call, check_case, private_step
 from torch import nn
+from zoo_modules import all_cases
 
 import flashnorm_compile as fn
 from flashnorm_compile.noise_streams import repeat_noise
+from flashnorm_compile.passes import release
 
 SIGMA, CLIP, EXPECTED = 2.0, 0.5, 4
 
@@ -64,6 +67,35 @@ def test_all_gradients_leave_in_one_call(autocast):
     )  # fmt: skip
     private(model, torch.randn(4, 5, 3), torch.randint(2, (4, 5)))
     assert private.graphs[0].count("torch.ops.flashnorm.release.default") == 1
+
+
+@pytest.mark.parametrize("kernels", ["library", "fused"])
+@pytest.mark.parametrize("name", ["sharing-tied_head", "sharing-siamese", "dense-mlp_time_axis"])
+def test_some_are_released_before_the_next_are_summed(name, kernels, monkeypatch):
+    """Each parameter by itself: sites that several of them share are summed once."""
+    monkeypatch.setattr(release, "SUMS_BYTES", 1)
+    case = all_cases()[name]
+    plan = check_case(case, "ghost", kernels=kernels)
+    model, step = case.build_model(), private_step(case.loss, kernels=kernels, strategy="ghost")
+    call(step, model, case.build_batch())
+    trained = sum(parameter.requires_grad for parameter in model.parameters())
+    assert len(plan.rows) == trained
+    assert step.graphs[0].count("torch.ops.flashnorm.release.default") == trained
+
+
+def test_noise_of_parts_is_independent(monkeypatch):
+    monkeypatch.setattr(release, "SUMS_BYTES", 1)
+    model, step = make(nn.ModuleList([nn.Linear(40, 40, bias=False) for _ in range(3)]),
+                       lambda model, x: step_over(model, x))
+    streams = []
+    for _ in range(2):
+        model.zero_grad()
+        # Gradients of zeros: what is released is noise.
+        step(model, torch.zeros(4, 40))
+        streams += [parameter.grad.flatten() for parameter in model.parameters()]
+    assert step.graphs[0].count("torch.ops.flashnorm.release.default") == 3
+    off_diagonal = torch.corrcoef(torch.stack(streams)) - torch.eye(len(streams))
+    assert off_diagonal.abs().max() < 0.12
 
 
 def test_noise_is_independent_across_parameters_and_steps():
