@@ -83,7 +83,8 @@ def one_line(row: dict[str, Any], results: list[dict[str, Any]]) -> str:
         text = f"{time:10.2f} ms {_times(_ratio(group, method, Group.milliseconds)):>6}"
         if peak is not None:
             text += f"{peak:8.2f} GiB {_times(_ratio(group, method, Group.gibibytes)):>6}"
-        text += f"   first step {row['first_step_s']:.1f} s"
+        if (first := group.first_step(method)) is not None:
+            text += f"   first step {first:.1f} s"
         text += f"   gradient error {row['check']['gradient_error']:.1e}"
     status = "" if row["status"] == "ok" else f"{row['status']}: "
     return f"{group.workload:18} {method:26} {status}{' '.join(text.split(chr(10)))[:200]}"

@@ -62,7 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not is_known(job, results, place, options.time_limit)
     ]
     try:
-        with Workers(jobs, options.output, dump_code=options.dump_code) as workers:
+        with Workers(
+            jobs, options.output, dump_code=options.dump_code, together=options.together
+        ) as workers:
             for job in jobs:
                 limit = min(options.time_limit, deadline - time.monotonic())
                 result = place | _run(job, workers, options, limit)
@@ -144,6 +146,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     when = parser.add_argument_group("in how much time").add_argument
     when("--time-limit", type=float, default=300.0, help="seconds per method and workload")
     when("--total-limit", type=float, default=float("inf"), help="seconds for all of it")
+    when("--together", type=int, default=1, metavar="N",
+         help="N methods compile and are checked at the same time, then timed one by one (first "
+         "steps are not timed then)")  # fmt: skip
     when("--skip-slow", action="store_true", help=f"skip {', '.join(SLOW)}: minutes to compile")
     when("--resume", nargs="?", type=pathlib.Path, const=pathlib.Path(), metavar="RESULTS",
          help="keep earlier results, and skip what was measured at this commit on a machine like "

@@ -2,8 +2,9 @@
 
 ``python worker.py JOB RESULT``: JOB is a ``Job`` in JSON, RESULT the path of the JSON to write.
 The process imports what it needs, then waits for its standard input, which holds the seconds it
-has, and is closed when its turn has come. ``python worker.py --machine DEVICE`` prints where it
-would measure.
+has, and is closed when its turn has come. ``python worker.py JOB RESULT READY``: it also compiles
+and checks its step, then makes the file READY, and waits to time it. ``python worker.py --machine
+DEVICE`` prints where it would measure.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import pathlib
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 import checks
@@ -34,8 +36,19 @@ from timing import measure, synchronize
 SEARCH_SHARE = 0.7
 
 
-def run_job(job: Job, limit_s: float = 300.0) -> dict[str, Any]:
+Turn = Callable[[], float]
+
+
+def run_job(
+    job: Job, turn: Turn = lambda: 300.0, *, prepared: Callable[[], None] | None = None
+) -> dict[str, Any]:
     """Do a job.
+
+    Args:
+        job: what is to be measured.
+        turn: waits until nothing else is measured; returns the seconds there are.
+        prepared: called when nothing but the timing is left; until then others may be measured,
+            or get ready too.
 
     Returns:
         "status" is "ok", "wrong" (no time is reported then), "skipped", "out of memory" or
@@ -43,8 +56,10 @@ def run_job(job: Job, limit_s: float = 300.0) -> dict[str, Any]:
     """
     result: dict[str, Any] = {"job": dataclasses.asdict(job), "machine": describe(job.device)}
     try:
-        work = _largest_batch if job.kind == LARGEST_BATCH else _measure
-        result |= work(job, limit_s)
+        if job.kind == LARGEST_BATCH:
+            result |= _largest_batch(job, turn())
+        else:
+            result |= _measure(job, turn, prepared)
     except SkippedError as error:
         result |= {"status": "skipped", "reason": str(error)}
     except torch.OutOfMemoryError as error:
@@ -61,8 +76,10 @@ def _settings(job: Job) -> Settings:
     return Settings(job.device, job.autocast, job.lowering, job.optimizer)
 
 
-def _measure(job: Job, _limit_s: float) -> dict[str, Any]:
+def _measure(job: Job, turn: Turn, prepared: Callable[[], None] | None) -> dict[str, Any]:
     """Build, check, then time."""
+    if prepared is None:
+        turn()
     # The fastest algorithms of convolutions, for every method.
     torch.backends.cudnn.benchmark = True
     workload = find_workload(job.workload)
@@ -76,7 +93,8 @@ def _measure(job: Job, _limit_s: float) -> dict[str, Any]:
     start = time.perf_counter()
     method.run()
     synchronize(job.device)
-    found["first_step_s"] = time.perf_counter() - start
+    if prepared is None:
+        found["first_step_s"] = time.perf_counter() - start
     print(method.plan())
     verdict = checks.compare(reference, method)
     found["check"] = dataclasses.asdict(verdict)
@@ -89,6 +107,9 @@ def _measure(job: Job, _limit_s: float) -> dict[str, Any]:
     del reference, before
     _free(job.device)
     method.set_privacy(bound, 1.0)
+    if prepared is not None:
+        prepared()
+        turn()
     timing = measure(method, warmup=job.warmup, iterations=job.iterations)
     if method.private:
         found["noise_ratio"], reason = checks.noise_error(method, bound)
@@ -150,8 +171,12 @@ if __name__ == "__main__":
     if sys.argv[1] == "--machine":
         print(json.dumps(describe(sys.argv[2])))
         sys.exit()
-    job_text, result_path = sys.argv[1:]
-    _import_ahead(Job(**json.loads(job_text)))
-    seconds = float(sys.stdin.read())  # until the process before has ended
-    finished = run_job(Job(**json.loads(job_text)), seconds)
+    job_text, result_path, *ready_path = sys.argv[1:]
+    asked = Job(**json.loads(job_text))
+    _import_ahead(asked)
+    finished = run_job(
+        asked,
+        lambda: float(sys.stdin.read()),  # until the process before has ended
+        prepared=pathlib.Path(ready_path[0]).touch if ready_path else None,
+    )
     pathlib.Path(result_path).write_text(json.dumps(finished))

@@ -11,10 +11,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from typing import Any
 
-from jobs import Job
+from jobs import STEP, Job
 
 _WORKER = str(pathlib.Path(__file__).with_name("worker.py"))
 
@@ -33,13 +34,17 @@ class Workers(contextlib.ExitStack):
         jobs: in the order in which they will be run.
         output: folder of the log.
         dump_code: whether to write Inductor's code of flashnorm there.
+        together: so many compile and check at the same time, before the first of them is timed.
     """
 
-    def __init__(self, jobs: Sequence[Job], output: pathlib.Path, *, dump_code: bool) -> None:
+    def __init__(
+        self, jobs: Sequence[Job], output: pathlib.Path, *, dump_code: bool, together: int = 1
+    ) -> None:
         super().__init__()
         self.jobs = jobs
         self.output = output
         self.dump_code = dump_code
+        self.together = together
         self._ready: dict[Job, subprocess.Popen[str]] = {}
         self._folder = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory()))
         self._log = self.enter_context((output / "log.txt").open("a"))
@@ -47,14 +52,17 @@ class Workers(contextlib.ExitStack):
 
     def run(self, job: Job, limit_s: float) -> dict[str, Any]:
         """Return a job's result; "timeout" or "failed" where its process left none."""
+        if self.together > 1:
+            self._prepare(job, limit_s)
         process = self._started(job)
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             process.stdin.write(str(limit_s))
             process.stdin.close()
-        position = self.jobs.index(job)
-        for following in self.jobs[position + 1 : position + 2]:
-            self._started(following)
+        if self.together == 1:
+            position = self.jobs.index(job)
+            for following in self.jobs[position + 1 : position + 2]:
+                self._started(following)
         try:
             status: int | None = process.wait(timeout=limit_s)
         except subprocess.TimeoutExpired:
@@ -68,6 +76,22 @@ class Workers(contextlib.ExitStack):
             return result | {"status": "timeout", "reason": f"no result within {limit_s:.0f} s"}
         return result | {"status": "failed", "reason": f"exit status {status}"}
 
+    def _prepare(self, job: Job, limit_s: float) -> None:
+        """Start the jobs that get ready together, and wait until all of them are, or have ended."""
+        first = self.jobs.index(job) // self.together * self.together
+        group = self.jobs[first : first + self.together]
+        if job != group[0]:
+            return
+        waiting = {each: self._started(each) for each in group if each.kind == STEP}
+        deadline = time.monotonic() + limit_s
+        while waiting and time.monotonic() < deadline:
+            time.sleep(0.1)
+            waiting = {
+                each: process
+                for each, process in waiting.items()
+                if process.poll() is None and not (self._place(each) / "ready").exists()
+            }
+
     def _place(self, job: Job) -> pathlib.Path:
         return self._folder / str(self.jobs.index(job))
 
@@ -76,9 +100,10 @@ class Workers(contextlib.ExitStack):
             place = self._place(job)
             place.mkdir()
             job_text = json.dumps(dataclasses.asdict(job))
+            ready = [str(place / "ready")] if self.together > 1 else []
             print(f"==== {job.kind}: {job.workload} {job.method}", file=self._log, flush=True)
             self._ready[job] = subprocess.Popen(
-                [sys.executable, _WORKER, job_text, str(place / "result.json")],
+                [sys.executable, _WORKER, job_text, str(place / "result.json"), *ready],
                 env=self._environment(job), stdin=subprocess.PIPE, stdout=self._log,
                 stderr=subprocess.STDOUT, start_new_session=True, text=True,
             )  # fmt: skip

@@ -279,6 +279,33 @@ def test_one_failing_method_does_not_stop_the_others(tmp_path, capsys):
     assert (tmp_path / "table.md").read_text() in capsys.readouterr().out
 
 
+def test_methods_may_compile_together_and_are_timed_one_by_one(tmp_path, capsys):
+    """A method that never gets ready keeps nobody from being timed."""
+    arguments = ["--smoke", "--device", "cpu", "--precision", "fp32", "--together", "3"]
+    assert step.main([*arguments, "--output", str(tmp_path),
+                      "--methods", "eager", "vmap-eager", "opacus-hooks"]) == 0  # fmt: skip
+    results = json.loads((tmp_path / "results.json").read_text())["results"]
+    by_method = {result["job"]["method"]: result for result in results}
+    for name in ("eager", "vmap-eager"):
+        assert by_method[name]["status"] == "ok", by_method[name]
+        assert by_method[name]["timing"]["median_ms"] > 0
+        # It shared the processors.
+        assert "first_step_s" not in by_method[name]
+    assert "first step" not in capsys.readouterr().out.split("| method")[0]
+
+
+def test_nothing_is_timed_before_its_turn():
+    order = []
+
+    def turn():
+        order.append("turn")
+        return 300.0
+
+    result = worker.run_job(JOB, turn, prepared=lambda: order.append("prepared"))
+    assert result["status"] == "ok"
+    assert order == ["prepared", "turn"]
+
+
 # --- the report -----------------------------------------------------------------------------------
 
 
