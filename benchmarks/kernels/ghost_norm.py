@@ -42,10 +42,8 @@ WORKLOADS = {
 }
 SMOKE = {"smoke": (20, 3, ((48, 32), (8, 40)))}
 
-# Samples that are compared with the reference. Tensor cores do not round, they truncate: the error
-# grows with the number of products that are added up.
+# Samples that are compared with the reference.
 CHECKED = 2
-TOLERANCE, TOLERANCE_PER_PRODUCT = 1e-4, 2.0**-26
 ERRORS = (1e-5, 1e-5)
 
 
@@ -138,7 +136,7 @@ def measure(
         functions["eager"] = others
         row = {"layer": f"{name} {kind}", "gflop": factor * flops / 1e9}
         row["floor_ms"] = max(factor * flops / rates.flops, read / rates.bytes)
-        tolerance = TOLERANCE + 2 * max(m, n) * TOLERANCE_PER_PRODUCT
+        tolerance = harness.gram_tolerance(m, n)
         for key, function in functions.items():
             row |= timed(f"{name} {kind}", key, function, operands, wanted, tolerance)
         if device == "cuda" and kind == "norm":

@@ -47,6 +47,14 @@ def machine() -> dict[str, str]:
     return found
 
 
+def gram_tolerance(m: int, n: int) -> float:
+    """Return how far sums over Gram matrices of rows of m and n 16-bit numbers may be off.
+
+    Tensor cores do not round, they truncate: the error grows with the products that are added up.
+    """
+    return 1e-4 + 2 * max(m, n) * 2.0**-26
+
+
 def check(name: str, found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> float:
     """Return ‖found - expected‖/‖expected‖; end the program if that is too much, or NaN."""
     difference = (found.double() - expected.double()).norm()
