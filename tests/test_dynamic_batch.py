@@ -80,7 +80,6 @@ DYNAMIC_WITH_INDUCTOR = (
     "dense-matmul_spellings",
     "sharing-embedding_twice_and_tied_head",
     "sharing-indexed_by_gather",
-    "attention-multihead_attention_cross",
     "losses-two_token_means",
 )
 

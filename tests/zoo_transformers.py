@@ -289,7 +289,7 @@ VARIANTS = [
     replace(_GPT2_MODEL, name="gpt2_padded_left", batch=padded(causal_tokens, side="left")),
     replace(_LLAMA, name="llama_padded", batch=padded(causal_tokens)),
     replace(_named(ENCODERS, "bert_masked"), name="bert_padded", batch=padded(masked_tokens)),
-    replace(_named(ENCODER_DECODERS, "t5"), name="t5_padded", batch=padded(sequence_pairs)),
+    replace(_named(ENCODER_DECODERS, "t5_gated"), name="t5_padded", batch=padded(sequence_pairs)),
     replace(_named(ENCODER_DECODERS, "bart"), name="bart_padded", batch=padded(sequence_pairs)),
 ]
 
