@@ -62,8 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not is_known(job, results, place, options.time_limit)
     ]
     try:
+        measured = [job for job in jobs if not _is_left_out(job, options)]
         with Workers(
-            jobs, options.output, dump_code=options.dump_code, together=options.together
+            measured, options.output, dump_code=options.dump_code, together=options.together
         ) as workers:
             for job in jobs:
                 limit = min(options.time_limit, deadline - time.monotonic())
@@ -105,9 +106,13 @@ def _jobs(options: argparse.Namespace) -> list[Job]:
     return list(dict.fromkeys([*jobs, *make_jobs(swept, options)]))
 
 
+def _is_left_out(job: Job, options: argparse.Namespace) -> bool:
+    return options.skip_slow and job.method in SLOW
+
+
 def _run(job: Job, workers: Workers, options: argparse.Namespace, limit: float) -> dict[str, Any]:
     skipped = {"job": dataclasses.asdict(job), "status": "skipped"}
-    if options.skip_slow and job.method in SLOW:
+    if _is_left_out(job, options):
         return skipped | {"reason": "--skip-slow"}
     if limit < SHORTEST_RUN_S:
         return skipped | {"reason": "--total-limit is used up"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -17,6 +18,8 @@ from typing import Any
 
 from jobs import STEP, Job
 
+#: Of a job's time: what is left is for timing it.
+PREPARING_SHARE = 0.8
 _WORKER = str(pathlib.Path(__file__).with_name("worker.py"))
 
 
@@ -46,14 +49,20 @@ class Workers(contextlib.ExitStack):
         self.dump_code = dump_code
         self.together = together
         self._ready: dict[Job, subprocess.Popen[str]] = {}
+        self._late: set[Job] = set()
         self._folder = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory()))
         self._log = self.enter_context((output / "log.txt").open("a"))
         self.callback(self._end)
 
     def run(self, job: Job, limit_s: float) -> dict[str, Any]:
         """Return a job's result; "timeout" or "failed" where its process left none."""
+        deadline = time.monotonic() + limit_s
         if self.together > 1:
-            self._prepare(job, limit_s)
+            self._prepare(job, PREPARING_SHARE * limit_s)
+        if job in self._late:
+            reason = f"not ready within {PREPARING_SHARE * limit_s:.0f} s"
+            return {"job": dataclasses.asdict(job), "status": "timeout", "reason": reason}
+        limit_s = deadline - time.monotonic()
         process = self._started(job)
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
@@ -70,19 +79,22 @@ class Workers(contextlib.ExitStack):
         self._end(job)
         path = self._place(job) / "result.json"
         if path.exists():
-            return json.loads(path.read_text())
+            return self._judged(json.loads(path.read_text()))
         result: dict[str, Any] = {"job": dataclasses.asdict(job)}
         if status is None:
             return result | {"status": "timeout", "reason": f"no result within {limit_s:.0f} s"}
         return result | {"status": "failed", "reason": f"exit status {status}"}
 
     def _prepare(self, job: Job, limit_s: float) -> None:
-        """Start the jobs that get ready together, and wait until all of them are, or have ended."""
-        first = self.jobs.index(job) // self.together * self.together
-        group = self.jobs[first : first + self.together]
-        if job != group[0]:
+        """Start the jobs that get ready together; end those that are not ready in time.
+
+        A search for the largest batch needs the memory for itself.
+        """
+        if job in self._ready or job in self._late or job.kind != STEP:
             return
-        waiting = {each: self._started(each) for each in group if each.kind == STEP}
+        following = self.jobs[self.jobs.index(job) :]
+        group = list(itertools.takewhile(lambda each: each.kind == STEP, following))
+        waiting = {each: self._started(each) for each in group[: self.together]}
         deadline = time.monotonic() + limit_s
         while waiting and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -91,6 +103,16 @@ class Workers(contextlib.ExitStack):
                 for each, process in waiting.items()
                 if process.poll() is None and not (self._place(each) / "ready").exists()
             }
+        if waiting:
+            # Nothing is timed beside them.
+            self._late |= waiting.keys()
+            self._end(*waiting)
+
+    def _judged(self, result: dict[str, Any]) -> dict[str, Any]:
+        """Leave open what a method needs that found no room beside others."""
+        if self.together > 1 and result["status"] == "out of memory":
+            return result | {"status": "skipped", "reason": "out of memory beside other methods"}
+        return result
 
     def _place(self, job: Job) -> pathlib.Path:
         return self._folder / str(self.jobs.index(job))

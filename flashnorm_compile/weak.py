@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Iterator, MutableMapping
 from typing import Any, TypeVar
@@ -30,6 +31,18 @@ class WeakTensorDict(MutableMapping[torch.Tensor, V]):
 
     def __init__(self) -> None:
         self._entries: dict[int, tuple[_Key, V]] = {}
+        # Keys hold this, and must not hold the dict.
+        this = weakref.ref(self)
+
+        def forget(key: weakref.ref[torch.Tensor]) -> None:
+            assert isinstance(key, _Key)
+            found = this()
+            if found is not None:
+                entry = found._entries.get(key.place)
+                if entry is not None and entry[0] is key:
+                    del found._entries[key.place]
+
+        self._forget = forget
 
     def get(self, tensor: torch.Tensor, default: Any = None) -> Any:
         """Return a tensor's value, or the default."""
@@ -80,8 +93,17 @@ class WeakTensorDict(MutableMapping[torch.Tensor, V]):
     def __len__(self) -> int:
         return len(self.items())
 
-    def _forget(self, key: weakref.ref[torch.Tensor]) -> None:
-        assert isinstance(key, _Key)
-        entry = self._entries.get(key.place)
-        if entry is not None and entry[0] is key:
-            del self._entries[key.place]
+    def clear(self) -> None:
+        """Remove all entries."""
+        self._entries.clear()
+
+    def __copy__(self) -> WeakTensorDict[V]:
+        copied: WeakTensorDict[V] = WeakTensorDict()
+        copied.update(self.items())
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> WeakTensorDict[V]:
+        """Copy the values; the keys are the same tensors."""
+        copied: WeakTensorDict[V] = WeakTensorDict()
+        copied.update((tensor, copy.deepcopy(value, memo)) for tensor, value in self.items())
+        return copied

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
+from flashnorm_compile._torch import hint
 from flashnorm_compile.kernels.release import release
 from flashnorm_compile.passes.gradient_sites import ParameterGradient
 from flashnorm_compile.passes.joint import JointGraph
@@ -117,7 +118,7 @@ def _parts(
     part: list[ParameterGradient] = []
     size = 0
     for gradient in gradients:
-        more = 4 * joint.inputs[gradient.index].meta["val"].numel()
+        more = 4 * hint(joint.inputs[gradient.index].meta["val"].numel())
         if part and size + more > SUMS_BYTES:
             yield part
             part, size = [], 0

@@ -20,6 +20,7 @@ import models
 import report
 import step
 import worker
+import workers
 from largest_batch import search
 from profiler import describe, family
 
@@ -280,7 +281,6 @@ def test_one_failing_method_does_not_stop_the_others(tmp_path, capsys):
 
 
 def test_methods_may_compile_together_and_are_timed_one_by_one(tmp_path, capsys):
-    """A method that never gets ready keeps nobody from being timed."""
     arguments = ["--smoke", "--device", "cpu", "--precision", "fp32", "--together", "3"]
     assert step.main([*arguments, "--output", str(tmp_path),
                       "--methods", "eager", "vmap-eager", "opacus-hooks"]) == 0  # fmt: skip
@@ -292,6 +292,39 @@ def test_methods_may_compile_together_and_are_timed_one_by_one(tmp_path, capsys)
         # It shared the processors.
         assert "first_step_s" not in by_method[name]
     assert "first step" not in capsys.readouterr().out.split("| method")[0]
+
+
+FAKE_WORKER = """
+import json, pathlib, sys, time
+job = json.loads(sys.argv[1])
+if job["method"] == "stuck":
+    time.sleep(1000)
+if job["kind"] == "step":
+    pathlib.Path(sys.argv[3]).touch()
+seconds = float(sys.stdin.read())
+status = "out of memory" if job["method"] == "large" else "ok"
+pathlib.Path(sys.argv[2]).write_text(json.dumps({"job": job, "status": status, "s": seconds}))
+"""
+
+
+def test_who_is_not_ready_in_time_is_ended_before_others_are_timed(tmp_path, monkeypatch):
+    (tmp_path / "fake.py").write_text(FAKE_WORKER)
+    monkeypatch.setattr(workers, "_WORKER", str(tmp_path / "fake.py"))
+    first, stuck, large, other = (
+        dataclasses.replace(JOB, method=name) for name in ("first", "stuck", "large", "other")
+    )
+    search = dataclasses.replace(JOB, method="first", kind=jobs.LARGEST_BATCH)
+    order = [first, stuck, large, search, other]
+    with workers.Workers(order, tmp_path, dump_code=False, together=4) as running:
+        result = running.run(first, 5.0)
+        assert (result["status"], result["s"] < 2.0) == ("ok", True)
+        # Neither the one that is stuck nor what comes behind the search has been started.
+        assert list(running._ready) == [large]
+        assert running.run(stuck, 5.0)["status"] == "timeout"
+        # Alone there may be room: --resume tries again.
+        assert running.run(large, 5.0)["status"] == "skipped"
+        assert running.run(search, 5.0)["status"] == "ok"
+        assert running.run(other, 5.0)["status"] == "ok"
 
 
 def test_nothing_is_timed_before_its_turn():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 
@@ -61,6 +62,29 @@ def test_a_tensor_with_the_id_of_one_that_is_gone_has_no_entry():
     del gone
     gc.collect()
     assert found[other] == "another"
+
+
+def test_a_dict_goes_with_its_values_at_once():
+    tensor, value, found = torch.zeros(3), torch.zeros(3), WeakTensorDict()
+    found[tensor] = value
+    alive = weakref.ref(value)
+    gc.disable()
+    try:
+        del found, value
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+def test_copies_have_the_same_tensors_and_entries_of_their_own():
+    tensor, found = torch.zeros(3), WeakTensorDict()
+    found[tensor] = ["value"]
+    shallow, deep = copy.copy(found), copy.deepcopy(found)
+    assert shallow[tensor] is found[tensor]
+    assert deep[tensor] == found[tensor]
+    assert deep[tensor] is not found[tensor]
+    del found[tensor]
+    assert (tensor in shallow, tensor in deep) == (True, True)
 
 
 def test_a_tensor_that_only_cpp_holds_is_handed_back():
