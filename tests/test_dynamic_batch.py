@@ -30,6 +30,7 @@ DYNAMIC = (
     "dense-mixer_time_matrix",
     "dense-hypernetwork_bmm",
     "attention-learned_queries",
+    "dense-bilinear_time_axis",
     # reduction
     "dense-layer_norm_two_dims",
     "attention-class_token_repeat",
@@ -59,6 +60,7 @@ DYNAMIC = (
     "attention-multihead_attention_cross",
     "attention-positions_parameter",
     "attention-relative_position_bias",
+    "parameters-scalar_parameter",
     "parameters-channels_last_weight",
     "parameters-orthogonal_matrix_exp",
     "parameters-orthogonal_cayley",
@@ -68,6 +70,7 @@ DYNAMIC = (
     "parameters-symmetric_weight",
     "losses-l2_regulariser",
     # normalisers that count tokens
+    "losses-token_mean",
     "losses-masked_token_mean",
     "losses-two_token_means",
     "losses-class_weights_mean",

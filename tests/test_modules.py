@@ -11,8 +11,6 @@ CASES = all_cases()
 ABOUT_THE_LOSS = [
     name for name in CASES if name.startswith("losses-") and "regulariser" not in name
 ]
-#: becomes of queries and keys.
-WITH_ONE_STRATEGY = ("losses-", "calls-", "attention-")
 #: "auto" chooses another strategy for an embedding than for most other sites of its weight.
 TIED_TO_EMBEDDINGS = [name for name in CASES if "tied" in name]
 
