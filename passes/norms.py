@@ -12,6 +12,7 @@ from flashnorm_compile.passes.plan import Choice, Plan, pair
 from flashnorm_compile.passes.sample_map import run_mapped
 from flashnorm_compile.passes.sites import Context, Site
 from flashnorm_compile.passes.sites.base import square_norm
+from flashnorm_compile.passes.sites.fused_matmul import FusedMatmulSite, ghosts_together
 from flashnorm_compile.passes.sites.rounding import bounded_square, materialized_square
 
 
@@ -42,14 +43,20 @@ def insert_norms(
     """
     sites = dict.fromkeys(site for gradient in gradients for site in gradient.sites)
     norms = Norms([site.defects for site in sites if site.defects is not None], {})
+    ghosts: list[FusedMatmulSite] = []
     for gradient in gradients:
         choices = plan.choices(gradient.index)
         if len(choices) == len(gradient.sites) and not gradient.affine and _apart(gradient):
-            _site_by_site(gradient, choices, norms)
+            first = gradient.sites[0]
+            if choices == ("ghost",) and isinstance(first, FusedMatmulSite):
+                ghosts.append(first)
+            else:
+                _site_by_site(gradient, choices, norms)
         else:
             samples = materialize(gradient, context, scale)
             norms.per_sample[gradient.index, gradient.output] = samples
             _add_square(norms, samples, context)
+    norms.squares.extend(ghosts_together(ghosts))
     return norms
 
 

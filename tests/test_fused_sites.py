@@ -62,7 +62,7 @@ def test_layers_over_tokens_get_the_strategy_that_is_asked_for(strategy):
 def operations_of(step) -> set[str]:
     return {
         name
-        for name in ("materialize_norm", "ghost_norm", "flash_norm", "weighted_gradients",
+        for name in ("materialize_norm", "ghost_norms", "flash_norm", "weighted_gradients",
                      "convolution_samples", "convolution_norm", "convolution_weighted")
         if f"flashnorm.{name}.default" in step.graphs[-1]
     }
@@ -72,7 +72,7 @@ def operations_of(step) -> set[str]:
     ("strategy", "kernels", "operations"),
     [
         ("materialize", "fused", {"materialize_norm"}),
-        ("ghost", "fused", {"ghost_norm", "weighted_gradients"}),
+        ("ghost", "fused", {"ghost_norms", "weighted_gradients"}),
         ("flash", "fused", {"flash_norm", "weighted_gradients"}),
         # There is no flash norm without the kernel.
         ("flash", "library", {"flash_norm", "weighted_gradients"}),

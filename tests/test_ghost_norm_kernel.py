@@ -10,7 +10,13 @@ import pytest
 import torch
 from interpreter import run_interpreted
 
-from flashnorm_compile.kernels.ghost_norm import ghost_norm, ghost_product, planning, reference
+from flashnorm_compile.kernels.ghost_norm import (
+    ghost_norm,
+    ghost_norms,
+    ghost_product,
+    planning,
+    reference,
+)
 from flashnorm_compile.passes.sites import rounding
 
 HALF = (torch.bfloat16, torch.float16)
@@ -54,10 +60,36 @@ def compare(found: torch.Tensor, right: torch.Tensor) -> None:
     torch.testing.assert_close(found / scale, right / scale, atol=TOLERANCE, rtol=TOLERANCE)
 
 
-def check_norm(run, left, right) -> None:
-    left_error, right_error = left.shape[1] * 2.0**-20, right.shape[2] * 2.0**-20
-    found = run(left, right, left_error, right_error)
-    compare(found, reference.ghost_norm(left, right, left_error, right_error))
+def norm(ops, *layer) -> torch.Tensor:
+    """One layer's sums."""
+    return ops.ghost_norms(*([x] for x in layer))[:, 0]
+
+
+def errors_of(left, right) -> tuple[float, float]:
+    return left.shape[1] * 2.0**-20, right.shape[2] * 2.0**-20
+
+
+def check_norm(ops, left, right) -> None:
+    layer = left, right, *errors_of(left, right)
+    compare(norm(ops, *layer), reference.ghost_norm(*layer))
+
+
+def check_layers(ops, device: str) -> None:
+    """Layers of one call, alike or not, more than a launch takes: each has its own sums."""
+    for B, T in ((4, 20), (1, 136)):
+        layers = []
+        for k in range(21):
+            m, n = 8 * (1 + k % 5), 8 * (1 + k % 3)
+            dtype, tokens = HALF[k == 11], T + (k == 3)
+            left, right = operands(B, tokens, m, n, dtype, device)
+            if k % 7 == 6:
+                left = left.mT.contiguous().mT
+            layers.append((left, right, *errors_of(left, right)))
+        layers.append((left[:, :0], right, 0.0, 0.0))
+        found = ops.ghost_norms(*(list(x) for x in zip(*layers, strict=True)))
+        assert found.shape == (4, len(layers), B)
+        for k, layer in enumerate(layers):
+            compare(found[:, k], reference.ghost_norm(*layer))
 
 
 def check_product(run, left, right, left2, right2) -> None:
@@ -71,12 +103,12 @@ def check_product(run, left, right, left2, right2) -> None:
 def check_sizes(ops, device: str) -> None:
     for position, (B, T, m, n) in enumerate(SIZES):
         left, right = operands(B, T, m, n, HALF[position % 2], device)
-        check_norm(ops.ghost_norm, left, right)
+        check_norm(ops, left, right)
         S = (T + 5) // 2
         check_product(ops.ghost_product, left, right, *operands(B, S, m, n, left.dtype, device))
     for B, T, m, n in ((0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 0, 5), (2, 3, 4, 0)):
         left, right = operands(B, T, m, n, torch.bfloat16, device)
-        check_norm(ops.ghost_norm, left, right)
+        check_norm(ops, left, right)
         check_product(ops.ghost_product, left, right, left, right)
 
 
@@ -85,7 +117,7 @@ def check_layouts(ops, device: str) -> None:
         left, right = operands(B, T, m, n, torch.bfloat16, device)
         left2, right2 = operands(B, 9, m, n, torch.bfloat16, device)
         for x, y in zip(layouts(left.mT), layouts(right), strict=True):
-            check_norm(ops.ghost_norm, x.mT, y)
+            check_norm(ops, x.mT, y)
             check_product(ops.ghost_product, left2, right2, x.mT, right)
 
 
@@ -94,10 +126,10 @@ def check_others_stay(ops, device: str) -> None:
     for T in (20, 130):
         left, right = operands(4, T, 24, 16, torch.bfloat16, device)
         norms = rounding.row_norms(left, 1), rounding.row_norms(right, 2)
-        clean = ops.ghost_norm(left, right, 1e-5, 1e-5)
+        clean = norm(ops, left, right, 1e-5, 1e-5)
         product = ops.ghost_product(left, right, left, right, *norms, *norms)
         left[1, 3, -1], right[2, 0, 0] = float("inf"), float("nan")
-        found = ops.ghost_norm(left, right, 1e-5, 1e-5)
+        found = norm(ops, left, right, 1e-5, 1e-5)
         found_product = ops.ghost_product(left, right, left, right, *norms, *norms)
         assert not found[0, 1:3].isfinite().any()
         torch.testing.assert_close(found[:, ::3], clean[:, ::3], rtol=0, atol=0)
@@ -114,7 +146,7 @@ def check_bounds(ops, device: str) -> None:
         left[0] *= 2.0**-100
         product = torch.empty(0, dtype=torch.float32)
         errors = rounding.gram_error(product, m), rounding.gram_error(product, n)
-        square, spread, by_left, by_right = ops.ghost_norm(left, right, *errors).double()
+        square, spread, by_left, by_right = norm(ops, left, right, *errors).double()
         true, *_ = reference.ghost_norm(left, right, 0.0, 0.0)
         assert ((square - true).abs() <= errors[0] * by_left + errors[1] * by_right).all()
         a, g = left.double().norm(dim=1), right.double().norm(dim=2)
@@ -127,26 +159,33 @@ def check_bounds(ops, device: str) -> None:
         assert (by_right >= weights)[1:].all()
 
 
+def clear() -> None:
+    planning.read.cache_clear()
+    planning.plan.cache_clear()
+
+
 def check_kernel(device: str) -> None:
     from flashnorm_compile.kernels.ghost_norm import launch
 
     torch.manual_seed(0)
     check_sizes(launch, device)
+    check_layers(launch, device)
     check_layouts(launch, device)
     check_others_stay(launch, device)
     check_bounds(launch, device)
     # Tiles that are left over in many parts; memory read by pointers.
     found = launch.find_device(torch.device(device))
     pointers = dataclasses.replace(found, descriptors=False)
-    planning.plan.cache_clear()
+    clear()
     with mock.patch.object(planning, "SPLIT_WIDTH", 32):
         check_sizes(launch, device)
+        check_layers(launch, device)
     # Products of long rows by the library.
-    planning.plan.cache_clear()
+    clear()
     with mock.patch.object(planning, "LONG_WIDTH", 64):
         check_sizes(launch, device)
         check_others_stay(launch, device)
-    planning.plan.cache_clear()
+    clear()
     with mock.patch.object(launch, "find_device", return_value=pointers):
         check_layouts(launch, device)
 
@@ -181,6 +220,7 @@ def test_the_op_on_the_cpu_equals_the_reference():
 
     torch.manual_seed(0)
     check_sizes(op, "cpu")
+    check_layers(op, "cpu")
     check_layouts(op, "cpu")
     check_bounds(op, "cpu")
 
@@ -227,7 +267,7 @@ def test_slack_follows_from_the_sums():
     ]
     product, by_left, by_right = ghost_product(left, right, left2, right2, *norms)
     right_product, right_error = rounding.ghost_product(left, right, left2, right2)
-    error = (errors[0] * by_left.double() + errors[1] * by_right.double())
+    error = errors[0] * by_left.double() + errors[1] * by_right.double()
     torch.testing.assert_close(product.double(), right_product, rtol=1e-6, atol=1e-2)
     torch.testing.assert_close(error, right_error.double(), rtol=1e-6, atol=0)
 
@@ -268,7 +308,7 @@ def test_the_kernel_repeats_bit_by_bit_and_does_not_synchronise(tokens):
 
 def test_the_ops_are_sound_custom_ops():
     left, right = operands(3, 4, 5, 6, torch.bfloat16)
-    torch.library.opcheck(ghost_norm, (left, right, 1e-5, 1e-5))
+    torch.library.opcheck(ghost_norms, ([left] * 2, [right] * 2, [1e-5] * 2, [1e-5] * 2))
     norms = rounding.row_norms(left, 1), rounding.row_norms(right, 2)
     torch.library.opcheck(ghost_product, (left, right, left, right, *norms, *norms))
 
@@ -301,6 +341,18 @@ def test_errors_name_the_argument_what_was_found_and_what_is_valid(change, messa
         first = {key: valid[key] for key in ("left", "right")}
         with pytest.raises(ValueError, match=message):
             ghost_norm(**(first | change), left_error=0.0, right_error=0.0)
+
+
+def test_layers_of_one_call_must_fit_each_other():
+    left, right = operands(2, 3, 4, 5, torch.float32)
+    message = r"have 2, 1, 1, 1 entries; expected the same number of each, 1 or more"
+    with pytest.raises(ValueError, match=message):
+        ghost_norms([left, left], [right], [0.0], [0.0])
+    with pytest.raises(ValueError, match=r"have 0, 0, 0, 0 entries"):
+        ghost_norms([], [], [], [])
+    message = r"lefts\[1\] holds 1 samples on cpu and lefts\[0\] 2 on cpu; expected the same"
+    with pytest.raises(ValueError, match=message):
+        ghost_norms([left, left[:1]], [right, right[:1]], [0.0] * 2, [0.0] * 2)
 
 
 def test_a_gpu_takes_16_bit_operands_alone():

@@ -3,9 +3,9 @@
     python benchmarks/kernels/ghost_norm.py --output runs/ghost_norm.json
 
 For each layer ``kernel`` is the op; ``pointers`` reads memory without tensor descriptors, ``whole``
-makes every tile in one program. ``composed`` is two matrix products and their sums, compiled;
-``eager``, as it is. Rows named ``cross`` are inner products of two sites with the same operands,
-whose rows' norms are known.
+makes every tile in one program, ``together`` is a layer's share of a call with 8 of them.
+``composed`` is two matrix products and their sums, compiled; ``eager``, as it is. Rows named
+``cross`` are inner products of two sites with the same operands, whose rows' norms are known.
 
 The floor is the larger of two times: for the floating-point operations (of one of each two mirror
 images, but for inner products) at the rate of a large product, and for the operands, read once, at
@@ -44,6 +44,7 @@ SMOKE = {"smoke": (20, 3, ((48, 32), (8, 40)))}
 
 # Samples that are compared with the reference.
 CHECKED = 2
+TOGETHER = 8
 ERRORS = (1e-5, 1e-5)
 
 
@@ -143,11 +144,24 @@ def measure(
             for key in ("pointers", "whole"):
                 with variant(key):
                     row |= timed(f"{name} {kind}", key, kernel, operands, wanted, tolerance)
+            row["together_ms"] = together(left, right)
         row["tflops"] = row["gflop"] / row["kernel_ms"]
         row["of_floor"] = row["kernel_ms"] / row["floor_ms"]
         row["speed_up"] = min(row["composed_ms"], row["eager_ms"]) / row["kernel_ms"]
         rows.append(row)
     return rows
+
+
+def together(left: Tensor, right: Tensor) -> float:
+    """Return the milliseconds that one of many layers takes."""
+    if TOGETHER * (left.nbytes + right.nbytes) > torch.cuda.mem_get_info()[0]:
+        return float("nan")
+    lefts, rights = [left], [right]
+    for _ in range(TOGETHER - 1):
+        lefts.append(left.mT.clone().mT)
+        rights.append(right.clone())
+    errors = [ERRORS[0]] * TOGETHER
+    return harness.median_ms(lambda: op.ghost_norms(lefts, rights, errors, errors)) / TOGETHER
 
 
 def timed(
@@ -174,8 +188,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rates = measure_rates(device)
     print(f"{rates.flops / 1e9:.0f} TFLOP/s in a product, {rates.bytes / 1e6:.0f} GB/s in a copy")
     table = harness.Table(
-        ("layer", "gflop", "floor_ms", "kernel_ms", "pointers_ms", "whole_ms", "composed_ms",
-         "eager_ms", "tflops", "of_floor", "speed_up"),
+        ("layer", "gflop", "floor_ms", "kernel_ms", "pointers_ms", "whole_ms",
+         "together_ms", "composed_ms", "eager_ms", "tflops", "of_floor", "speed_up"),
     )  # fmt: skip
     for workload, (tokens, samples, layers) in (SMOKE if options.smoke else WORKLOADS).items():
         for layer in layers if options.only in workload else ():

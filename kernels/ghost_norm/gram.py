@@ -13,7 +13,7 @@ from flashnorm_compile.kernels.loading import load
 
 @triton.jit
 def grams(
-    operands,
+    site,
     sizes,
     where,
     part,
@@ -32,9 +32,10 @@ def grams(
     RIGHT: tl.constexpr = LAYOUTS[1]
     LEFT2: tl.constexpr = LAYOUTS[2]
     RIGHT2: tl.constexpr = LAYOUTS[3]
-    _, sample, i, j = where
+    operands, widths = site[0], site[1]
+    i, j, sample = where[2], where[3], where[4]
     g = _gram(
-        operands[1], operands[3], sample, i * TILE, j * TILE, sizes[4], part, parts,
+        operands[1], operands[3], sample, i * TILE, j * TILE, widths[1], part, parts,
         RIGHT, RIGHT2, SAME, TMA, UPCAST, TILE, BLOCK,
     )  # fmt: skip
     if GIVEN:
@@ -45,7 +46,7 @@ def grams(
         a = tl.load(products_ptr, mask=(row < T) & (column < T), other=0.0)
     else:
         a = _gram(
-            operands[0], operands[2], sample, i * TILE, j * TILE, sizes[3], part, parts,
+            operands[0], operands[2], sample, i * TILE, j * TILE, widths[0], part, parts,
             LEFT, LEFT2, SAME, TMA, UPCAST, TILE, BLOCK,
         )  # fmt: skip
     return a, g

@@ -23,26 +23,22 @@ import triton
 import triton.language as tl
 
 from flashnorm_compile.kernels.loading import describe
+from flashnorm_compile.kernels.records import decode, find_record
 
 from .gram import grams
 from .sums import signal, tile_sums
 
 
-# What varies with the batch size is compiled for no particular integers: in a layout [T, B, d] the
-# strides of rows do, too. Norms may come from anywhere.
+# No integer is compiled for: sizes vary with the batch size, and with what is launched together.
+# Norms may come from anywhere.
 @triton.jit(
     do_not_specialize=[
         "left_norms_ptr", "right_norms_ptr", "left2_norms_ptr", "right2_norms_ptr",
-        "samples", "whole", "splits",
-        "left_sample", "right_sample", "left2_sample", "right2_sample",
-        "left_outer", "right_outer", "left2_outer", "right2_outer",
+        "count", "samples", "T", "S", "columns", "whole", "splits",
     ]
 )  # fmt: skip
 def sums_kernel(
-    left_ptr,
-    right_ptr,
-    left2_ptr,
-    right2_ptr,
+    sites,
     left_norms_ptr,
     right_norms_ptr,
     left2_norms_ptr,
@@ -50,23 +46,15 @@ def sums_kernel(
     out_ptr,
     scratch_ptr,
     counters_ptr,
+    count,
     samples,
     T,
     S,
-    m,
-    n,
-    left_sample: tl.int64,
-    left_outer: tl.int64,
-    right_sample: tl.int64,
-    right_outer: tl.int64,
-    left2_sample: tl.int64,
-    left2_outer: tl.int64,
-    right2_sample: tl.int64,
-    right2_outer: tl.int64,
-    left_factor,
-    right_factor,
+    columns,
     whole,
     splits,
+    LENGTH: tl.constexpr,
+    DTYPE: tl.constexpr,
     LAYOUTS: tl.constexpr,
     GIVEN: tl.constexpr,
     SYMMETRIC: tl.constexpr,
@@ -76,92 +64,69 @@ def sums_kernel(
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Find the sums of `op.ghost_norm` (SYMMETRIC) or `op.ghost_product`.
+    """Find the sums of `op.ghost_norms` (SYMMETRIC) or `op.ghost_product`.
+
+    A sample of a site has a gradient of its own: gradient = site·B + sample.
 
     Args:
-        left_ptr: rows [B, T, m], 16-bit; see ``LAYOUTS``. If GIVEN: float32 [B, T, T].
-        right_ptr: rows [B, T, n].
-        left2_ptr: rows [B, S, m]; for SYMMETRIC, left.
-        right2_ptr: rows [B, S, n]; for SYMMETRIC, right.
+        sites: LENGTH records of codes, see `records`: the position of the site in this launch, and
+            among all sites, where its sums are written; the addresses of left, right, left2 and
+            right2; m and n; strides of samples
+            and of rows (of places, if rows lie side by side) of the four; and the bits of two
+            float32 that squares of left's and of right's norms are multiplied with. For SYMMETRIC,
+            left2 and right2 are left and right.
+
+            left: rows [B, T, m]; see ``LAYOUTS``. If GIVEN: float32 [B, T, T].
+            right: rows [B, T, n].
+            left2: rows [B, S, m].
+            right2: rows [B, S, n].
         left_norms_ptr: float32 [B, T]; for SYMMETRIC, norms are in the scratch memory.
         right_norms_ptr: float32 [B, T].
         left2_norms_ptr: float32 [B, S].
         right2_norms_ptr: float32 [B, S].
-        out_ptr: float32 [sums, B].
+        out_ptr: float32 [sums, columns].
         scratch_ptr: float32: parts [split tiles, splits, 2, TILE, TILE] of tiles, their sums
-            [B, tiles, 4], and norms [2, B, T] for SYMMETRIC.
-        counters_ptr: int32 zeros, unless ONE and there are no split tiles: of each sample, tiles of
-            the diagonal whose norms are written; of each sample, tiles that are done; items that
-            are taken; of each split tile, parts that are written.
+            [gradients, tiles, 4], and norms [2, gradients, T] for SYMMETRIC.
+        counters_ptr: int32 zeros, unless ONE and there are no split tiles: of each gradient,
+            tiles of the diagonal whose norms are written; of each gradient, tiles that are done;
+            items that are taken; of each split tile, parts that are written.
+        count: sites.
         samples: B.
         T: rows of left and right.
         S: rows of left2 and right2.
-        m: width of the rows of left and left2.
-        n: width of the rows of right and right2.
-        left_sample: stride of samples; so are those of the other operands.
-        left_outer: stride of rows or, if rows lie side by side, of places in them.
-        right_sample: see left_sample.
-        right_outer: see left_outer.
-        left2_sample: see left_sample.
-        left2_outer: see left_outer.
-        right2_sample: see left_sample.
-        right2_outer: see left_outer.
-        left_factor: what squares of left's norms are multiplied with, for SYMMETRIC.
-        right_factor: the same for right.
-        whole: the first so many tiles of all samples are each made by one program.
-        splits: others are made in so many parts, each of a part of their rows.
+        columns: B times the sites of all launches.
+        whole: the first so many tiles of all gradients are each made by one program.
+        splits: others are made in so many parts, each of a part of the operands' rows.
+        LENGTH: of ``sites``.
+        DTYPE: of the operands.
         LAYOUTS: of the four operands, what lies side by side: "places" of a row, or "tokens", rows.
         GIVEN: whether left's rows are multiplied by each other already.
         SYMMETRIC: whether there is one site or two.
-        ONE: whether a sample has one tile.
+        ONE: whether a gradient has one tile.
         TMA: whether to read by tensor descriptors; else by pointers.
         UPCAST: whether to multiply in float32 (the interpreter cannot multiply bfloat16).
         TILE: rows and columns of a tile.
         BLOCK: places of rows that are multiplied at once.
     """
-    # Triton 3.6 passes no string from a tuple on to a function, unless it is named a constant.
-    LEFT: tl.constexpr = LAYOUTS[0]
-    RIGHT: tl.constexpr = LAYOUTS[1]
-    LEFT2: tl.constexpr = LAYOUTS[2]
-    RIGHT2: tl.constexpr = LAYOUTS[3]
-    # Of one of its two dims an operand's stride is 1, and is not read.
-    if GIVEN:
-        left = left_ptr
-    else:
-        left = describe(
-            left_ptr, (samples, T, m), (left_sample, left_outer, left_outer),
-            LEFT, TMA, TILE, BLOCK,
-        )  # fmt: skip
-    right = describe(
-        right_ptr, (samples, T, n), (right_sample, right_outer, right_outer),
-        RIGHT, TMA, TILE, BLOCK,
-    )  # fmt: skip
     blocks, blocks2 = tl.cdiv(T, TILE), tl.cdiv(S, TILE)
+    tiles = blocks * blocks2
     if SYMMETRIC:
-        left2, right2 = left, right
         tiles = blocks * (blocks + 1) // 2
-    else:
-        left2 = describe(
-            left2_ptr, (samples, S, m), (left2_sample, left2_outer, left2_outer),
-            LEFT2, TMA, TILE, BLOCK,
-        )  # fmt: skip
-        right2 = describe(
-            right2_ptr, (samples, S, n), (right2_sample, right2_outer, right2_outer),
-            RIGHT2, TMA, TILE, BLOCK,
-        )  # fmt: skip
-        tiles = blocks * blocks2
-    operands = (left, right, left2, right2)
-    split_tiles = samples * tiles - whole
+    gradients = count * samples
+    split_tiles = gradients * tiles - whole
     partials_ptr = scratch_ptr + split_tiles.to(tl.int64) * splits * (2 * TILE * TILE)
     if SYMMETRIC:
-        left_norms_ptr = partials_ptr + samples.to(tl.int64) * tiles * 4
-        right_norms_ptr = left_norms_ptr + samples.to(tl.int64) * T
+        left_norms_ptr = partials_ptr + gradients.to(tl.int64) * tiles * 4
+        right_norms_ptr = left_norms_ptr + gradients.to(tl.int64) * T
         norms = (left_norms_ptr, right_norms_ptr, left_norms_ptr, right_norms_ptr)
     else:
         norms = (left_norms_ptr, right_norms_ptr, left2_norms_ptr, right2_norms_ptr)
     written = (out_ptr, partials_ptr, scratch_ptr, counters_ptr)
-    sizes = (samples, T, S, m, n, blocks, tiles)
-    factors = (left_factor, right_factor)
+    sizes = (samples, T, S, gradients, columns, blocks, tiles)
+    if LENGTH == 1:
+        site = _describe(
+            sites[0], sizes, DTYPE, LAYOUTS, GIVEN, SYMMETRIC, TMA, TILE, BLOCK
+        )  # fmt: skip
 
     items = whole + split_tiles * splits
     turns = items
@@ -173,21 +138,96 @@ def sums_kernel(
         item = turn
         if SYMMETRIC and not ONE:
             # Items are taken in order: somebody is at work on those that this one waits for.
-            item = tl.atomic_add(counters_ptr + 2 * samples, 1, sem="relaxed")
+            item = tl.atomic_add(counters_ptr + 2 * gradients, 1, sem="relaxed")
         if item < items:
+            tile = tl.minimum(item, whole) + tl.maximum(item - whole, 0) // splits
+            if LENGTH > 1:
+                record = find_record(sites, tile // (samples * tiles), 0, LENGTH)
+                site = _describe(
+                    record, sizes, DTYPE, LAYOUTS, GIVEN, SYMMETRIC, TMA, TILE, BLOCK
+                )  # fmt: skip
             _item(
-                operands, norms, written, sizes, factors, item, whole, splits, blocks2,
+                site, norms, written, sizes, tile, item, whole, splits, blocks2,
                 LAYOUTS, GIVEN, SYMMETRIC, ONE, TMA, UPCAST, TILE, BLOCK,
             )  # fmt: skip
 
 
 @triton.jit
+def _describe(
+    record,
+    sizes,
+    DTYPE: tl.constexpr,
+    LAYOUTS: tl.constexpr,
+    GIVEN: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    TMA: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Return a site's operands, their widths, the two factors, and its first column of sums."""
+    # Triton 3.6 passes no string from a tuple on to a function, unless it is named a constant.
+    LEFT: tl.constexpr = LAYOUTS[0]
+    RIGHT: tl.constexpr = LAYOUTS[1]
+    LEFT2: tl.constexpr = LAYOUTS[2]
+    RIGHT2: tl.constexpr = LAYOUTS[3]
+    samples, T, S = sizes[0], sizes[1], sizes[2]
+    m, n = decode(record[6]).to(tl.int32), decode(record[7]).to(tl.int32)
+    # Of one of its two dims an operand's stride is 1, and is not read.
+    if GIVEN:
+        left = decode(record[2]).to(tl.pointer_type(tl.float32))
+    else:
+        left = _operand(
+            record[2], record[8], record[9], samples, T, m, DTYPE, LEFT, TMA, TILE, BLOCK
+        )  # fmt: skip
+    right = _operand(
+        record[3], record[10], record[11], samples, T, n, DTYPE, RIGHT, TMA, TILE, BLOCK
+    )  # fmt: skip
+    if SYMMETRIC:
+        left2, right2 = left, right
+    else:
+        left2 = _operand(
+            record[4], record[12], record[13], samples, S, m, DTYPE, LEFT2, TMA, TILE, BLOCK
+        )  # fmt: skip
+        right2 = _operand(
+            record[5], record[14], record[15], samples, S, n, DTYPE, RIGHT2, TMA, TILE, BLOCK
+        )  # fmt: skip
+    factors = _float32(record[16]), _float32(record[17])
+    column = decode(record[1]).to(tl.int32) * samples
+    return (left, right, left2, right2), (m, n), factors, column
+
+
+@triton.jit
+def _operand(
+    address,
+    sample_stride,
+    outer_stride,
+    samples,
+    tokens,
+    width,
+    DTYPE: tl.constexpr,
+    ALONG: tl.constexpr,
+    TMA: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    ptr = tl.multiple_of(decode(address).to(tl.pointer_type(DTYPE)), 16)
+    outer = decode(outer_stride)
+    strides = (decode(sample_stride), outer, outer)
+    return describe(ptr, (samples, tokens, width), strides, ALONG, TMA, TILE, BLOCK)
+
+
+@triton.jit
+def _float32(code):
+    return decode(code).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _item(
-    operands,
+    site,
     norms,
     written,
     sizes,
-    factors,
+    tile,
     item,
     whole,
     splits,
@@ -203,38 +243,37 @@ def _item(
 ):
     """Make a tile or a part of one, and its sums."""
     blocks, tiles = sizes[5], sizes[6]
-    tile = tl.minimum(item, whole) + tl.maximum(item - whole, 0) // splits
-    place = tile % tiles
+    place, gradient = tile % tiles, tile // tiles
     if SYMMETRIC:
         # All pairs: (0, 0), (1, 1), ..., (0, 1), (1, 2), ..., (last, 0), (0, 2), ...
         i = place % blocks
         j = (i + place // blocks) % blocks
     else:
         i, j = place // blocks2, place % blocks2
-    where = (tile, tile // tiles, i, j)
+    sample = gradient % sizes[0]
+    where = (tile, gradient, i, j, sample, site[3] + sample)
     # Branches end with numbers: if they left their sums to common code, these would be moved,
     # and each product would wait for the one before it.
     if not GIVEN and item >= whole:
         _part(
-            operands, norms, written, sizes, factors, where,
+            site, norms, written, sizes, where,
             tile - whole, (item - whole) % splits, splits,
             LAYOUTS, SYMMETRIC, ONE, TMA, UPCAST, TILE, BLOCK,
         )  # fmt: skip
     elif SYMMETRIC and (ONE or i == j):
-        a, g = grams(operands, sizes, where, 0, 1, LAYOUTS, GIVEN, True, TMA, UPCAST, TILE, BLOCK)
-        tile_sums(a, g, norms, written, sizes, factors, where, SYMMETRIC, ONE, TILE)
+        a, g = grams(site, sizes, where, 0, 1, LAYOUTS, GIVEN, True, TMA, UPCAST, TILE, BLOCK)
+        tile_sums(a, g, norms, written, sizes, site[2], where, SYMMETRIC, ONE, TILE)
     else:
-        a, g = grams(operands, sizes, where, 0, 1, LAYOUTS, GIVEN, False, TMA, UPCAST, TILE, BLOCK)
-        tile_sums(a, g, norms, written, sizes, factors, where, SYMMETRIC, ONE, TILE)
+        a, g = grams(site, sizes, where, 0, 1, LAYOUTS, GIVEN, False, TMA, UPCAST, TILE, BLOCK)
+        tile_sums(a, g, norms, written, sizes, site[2], where, SYMMETRIC, ONE, TILE)
 
 
 @triton.jit
 def _part(
-    operands,
+    site,
     norms,
     written,
     sizes,
-    factors,
     where,
     split_tile,
     part,
@@ -249,7 +288,7 @@ def _part(
 ):
     """Make a part of a tile; whoever is last adds up all parts, in order."""
     a, g = grams(
-        operands, sizes, where, part, parts,
+        site, sizes, where, part, parts,
         LAYOUTS, False, SYMMETRIC and ONE, TMA, UPCAST, TILE, BLOCK,
     )  # fmt: skip
     SIZE: tl.constexpr = TILE * TILE
@@ -257,9 +296,9 @@ def _part(
     parts_ptr = written[2] + split_tile.to(tl.int64) * parts * (2 * SIZE) + entry
     tl.store(parts_ptr + part * (2 * SIZE), a)
     tl.store(parts_ptr + part * (2 * SIZE) + SIZE, g)
-    if signal(written[3] + 2 * sizes[0] + 1 + split_tile) == parts - 1:
+    if signal(written[3] + 2 * sizes[3] + 1 + split_tile) == parts - 1:
         a, g = tl.zeros((TILE, TILE), tl.float32), tl.zeros((TILE, TILE), tl.float32)
         for other in range(parts):
             a += tl.load(parts_ptr + other * (2 * SIZE), cache_modifier=".cg")
             g += tl.load(parts_ptr + other * (2 * SIZE) + SIZE, cache_modifier=".cg")
-        tile_sums(a, g, norms, written, sizes, factors, where, SYMMETRIC, ONE, TILE)
+        tile_sums(a, g, norms, written, sizes, site[2], where, SYMMETRIC, ONE, TILE)

@@ -1,4 +1,4 @@
-"""The custom ops ``flashnorm::ghost_norm`` and ``flashnorm::ghost_product``.
+"""The custom ops ``flashnorm::ghost_norms`` and ``flashnorm::ghost_product``.
 
 From the columns l_t of ``left_b`` [m, T] and the rows r_t of ``right_b`` [T, n], whose product
 Σ_t l_t r_tᵀ is one sample's gradient, they find sums over all pairs of tokens, without the product
@@ -22,9 +22,11 @@ from flashnorm_compile.kernels.ghost_norm import reference
 HALF = (torch.bfloat16, torch.float16)
 
 
-@torch.library.custom_op("flashnorm::ghost_norm", mutates_args=())
-def ghost_norm(left: Tensor, right: Tensor, left_error: float, right_error: float) -> Tensor:
-    """Return sums over the Gram matrices of each sample's tokens.
+@torch.library.custom_op("flashnorm::ghost_norms", mutates_args=())
+def ghost_norms(
+    lefts: list[Tensor], rights: list[Tensor], left_errors: list[float], right_errors: list[float]
+) -> Tensor:
+    """Return sums over the Gram matrices of each sample's tokens, for every layer k.
 
     With ‖l_t‖ and ‖r_t‖ taken from the Gram matrices' diagonals as
     ``sqrt((1 + 2·error)·(l_t·l_t) + 2⁻¹⁰⁰)``, which is not below the norm itself:
@@ -34,22 +36,34 @@ def ghost_norm(left: Tensor, right: Tensor, left_error: float, right_error: floa
         2  by left:  Σ_{t,s} |r_t·r_s|‖l_t‖‖l_s‖, the weight of errors of l_t·l_s
         3  by right: Σ_{t,s} |l_t·l_s|‖r_t‖‖r_s‖, the weight of errors of r_t·r_s
 
+    Layers of one call share launches, if their T and their layouts are the same: together they fill
+    a GPU to the last where one does not, and spare the host.
+
     Args:
-        left: [B, m, T], any strides; bfloat16 or float16, on a CPU any floating dtype.
-        right: [B, T, n], of the same dtype; any strides. Read fast where each operand has a dim of
-            stride 1, and addresses and other strides are multiples of 16 bytes; copied if not.
-        left_error: largest error of l_t·l_s as computed, relative to ‖l_t‖‖l_s‖.
-        right_error: the same of r_t·r_s.
+        lefts: at least one [B, m, T], B the same for all, any strides; bfloat16 or float16, on a
+            CPU any floating dtype.
+        rights: [B, T, n] each, of the dtype of its left; any strides. Read fast where each operand
+            has a dim of stride 1, and addresses and other strides are multiples of 16 bytes; copied
+            if not.
+        left_errors: of each layer, the largest error of l_t·l_s as computed, relative to
+            ‖l_t‖‖l_s‖.
+        right_errors: the same of r_t·r_s.
 
     Returns:
-        A new float32 tensor [4, B]. A sample whose operands are not finite gets infinity or NaN,
-        and changes no other's.
+        A new float32 tensor [4, layers, B]. A sample whose operands are not finite gets infinity or
+        NaN, and changes no other's.
 
     Raises:
         ValueError: an argument has the wrong dtype or shape, or they do not fit each other.
     """
-    _validate("ghost_norm", left, right, left, right)
-    return reference.ghost_norm(left, right, left_error, right_error).float()
+    _validate_layers(lefts, rights, left_errors, right_errors)
+    layers = zip(lefts, rights, left_errors, right_errors, strict=True)
+    return torch.stack([reference.ghost_norm(*layer).float() for layer in layers], 1)
+
+
+def ghost_norm(left: Tensor, right: Tensor, left_error: float, right_error: float) -> Tensor:
+    """Return the sums [4, B] of `ghost_norms` for one layer."""
+    return ghost_norms([left], [right], [left_error], [right_error])[:, 0]
 
 
 @torch.library.custom_op("flashnorm::ghost_product", mutates_args=())
@@ -92,10 +106,12 @@ def ghost_product(
     return reference.ghost_product(left, right, left2, right2, *norms).float()
 
 
-@ghost_norm.register_fake
-def _(left: Tensor, right: Tensor, left_error: float, right_error: float) -> Tensor:
-    _validate("ghost_norm", left, right, left, right)
-    return left.new_empty((4, left.shape[0]), dtype=torch.float32)
+@ghost_norms.register_fake
+def _(
+    lefts: list[Tensor], rights: list[Tensor], left_errors: list[float], right_errors: list[float]
+) -> Tensor:
+    _validate_layers(lefts, rights, left_errors, right_errors)
+    return lefts[0].new_empty((4, len(lefts), lefts[0].shape[0]), dtype=torch.float32)
 
 
 @ghost_product.register_fake
@@ -114,13 +130,15 @@ def _(
     return left.new_empty((3, left.shape[0]), dtype=torch.float32)
 
 
-@ghost_norm.register_kernel("cuda")
-def _(left: Tensor, right: Tensor, left_error: float, right_error: float) -> Tensor:
+@ghost_norms.register_kernel("cuda")
+def _(
+    lefts: list[Tensor], rights: list[Tensor], left_errors: list[float], right_errors: list[float]
+) -> Tensor:
     # Imported here: the package must import where Triton is not installed.
     from flashnorm_compile.kernels.ghost_norm import launch
 
-    _validate("ghost_norm", left, right, left, right)
-    return launch.ghost_norm(left, right, left_error, right_error)
+    _validate_layers(lefts, rights, left_errors, right_errors)
+    return launch.ghost_norms(lefts, rights, left_errors, right_errors)
 
 
 @ghost_product.register_kernel("cuda")
@@ -139,6 +157,27 @@ def _(
     norms = (left_norms, right_norms, left2_norms, right2_norms)
     _validate("ghost_product", left, right, left2, right2, norms)
     return launch.ghost_product(left, right, left2, right2, *norms)
+
+
+def _validate_layers(
+    lefts: list[Tensor], rights: list[Tensor], left_errors: list[float], right_errors: list[float]
+) -> None:
+    counts = [len(x) for x in (lefts, rights, left_errors, right_errors)]
+    if not lefts or len(set(counts)) != 1:
+        raise ValueError(
+            "ghost_norms: lefts, rights, left_errors and right_errors have "
+            f"{', '.join(map(str, counts))} entries; expected the same number of each, 1 or more"
+        )
+    for k, (left, right) in enumerate(zip(lefts, rights, strict=True)):
+        _validate("ghost_norms", left, right, left, right)
+        sizes = lefts[0].shape[0], left.shape[0]
+        # Only sizes that are known: a comparison of symbolic ones would fix them.
+        known = all(isinstance(size, int) for size in sizes)
+        if left.device != lefts[0].device or (known and sizes[0] != sizes[1]):
+            raise ValueError(
+                f"ghost_norms: lefts[{k}] holds {sizes[1]} samples on {left.device} and lefts[0] "
+                f"{sizes[0]} on {lefts[0].device}; expected the same for all"
+            )
 
 
 def _validate(

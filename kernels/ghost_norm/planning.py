@@ -61,17 +61,53 @@ LONG_WIDTH = 2**15
 
 
 @dataclass(frozen=True)
-class Plan:
-    """All of a launch that follows from sizes and strides.
+class Way:
+    """What the sites of one launch have in common.
 
     Attributes:
+        dtype: of the operands.
         along: of left, right, left2 and right2, what lies side by side: "places" or "tokens".
-        strides: of each: of samples, and of tokens or, if these lie side by side, of places.
+        tokens: of left and right.
+        tokens2: of left2 and right2.
+        tile: the size of tiles.
+        symmetric: whether there is one site, not two whose inner product is asked for.
+        given: whether left's rows are multiplied by each other before.
+    """
+
+    dtype: torch.dtype
+    along: tuple[str, ...]
+    tokens: int
+    tokens2: int
+    tile: Tile
+    symmetric: bool
+    given: bool
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How one site is read, whatever the batch size makes of the strides.
+
+    Attributes:
+        way: what sites that are launched together share.
+        widths: m and n, of the rows.
+        strides: of each operand: of samples, and of tokens or, if these lie side by side, of
+            places.
         copied: the operands that the kernel cannot read where they are, with the width of rows that
             they are copied to.
-        tile: the size of tiles.
-        one: whether a sample has one tile.
-        given: whether left's rows are multiplied by each other before.
+    """
+
+    way: Way
+    widths: tuple[int, int]
+    strides: tuple[int, ...]
+    copied: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a launch does.
+
+    Attributes:
+        one: whether a sample of a site has one tile.
         whole: the first so many tiles are made by one program each.
         splits: the others are made in so many parts.
         programs: how many are started.
@@ -79,12 +115,7 @@ class Plan:
         counters: int32 zeros; 0 if there are none.
     """
 
-    along: tuple[str, ...]
-    strides: tuple[int, ...]
-    copied: tuple[tuple[int, int], ...]
-    tile: Tile
     one: bool
-    given: bool
     whole: int
     splits: int
     programs: int
@@ -92,10 +123,13 @@ class Plan:
     counters: int
 
 
+# Made once: a step has many layers of one shape.
 @functools.lru_cache(maxsize=4096)
-def plan(lies: tuple[tuple[torch.Size, tuple[int, ...], bool], ...], device: Device) -> Plan:
-    """Plan a launch for operands of these shapes and strides, 16-byte aligned or not."""
-    (samples, tokens, m), (_, tokens2, n) = lies[0][0], lies[-1][0]
+def read(
+    lies: tuple[tuple[torch.Size, tuple[int, ...], bool], ...], dtype: torch.dtype, device: Device
+) -> Reading:
+    """Return how operands of these shapes and strides are read, 16-byte aligned or not."""
+    (_, tokens, m), (_, tokens2, n) = lies[0][0], lies[-1][0]
     symmetric = len(lies) == 2
     layouts, copied = [], []
     for operand, (shape, stride, aligned) in enumerate(lies):
@@ -109,26 +143,34 @@ def plan(lies: tuple[tuple[torch.Size, tuple[int, ...], bool], ...], device: Dev
     if symmetric:
         layouts *= 2
     tile = _tile(max(tokens, tokens2))
-    blocks, blocks2 = cdiv(tokens, tile.rows), cdiv(tokens2, tile.rows)
-    tiles = blocks * (blocks + 1) // 2 if symmetric else blocks * blocks2
-    # Two operands take twice the shared memory of one.
-    per_processor = tile.per_processor if symmetric else max(1, tile.per_processor // 2)
-    programs = device.processors * per_processor
-    given = symmetric and tiles > 1 and m > LONG_WIDTH
-    whole, splits = _split(samples * tiles, programs, 0 if given else m + n)
-    split = samples * tiles - whole
-    return Plan(
-        along=tuple(layout.along for layout in layouts),
+    along = tuple(layout.along for layout in layouts)
+    given = symmetric and tokens > tile.rows and m > LONG_WIDTH
+    return Reading(
+        way=Way(dtype, along, tokens, tokens2, tile, symmetric, given),
+        widths=(m, n),
         strides=tuple(stride for layout in layouts for stride in _outer_strides(layout)),
         copied=tuple(copied),
-        tile=tile,
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def plan(way: Way, samples: int, sites: int, width: int, device: Device) -> Plan:
+    """Plan a launch for some sites, of which the least m + n is ``width``."""
+    gradients = samples * sites
+    blocks, blocks2 = cdiv(way.tokens, way.tile.rows), cdiv(way.tokens2, way.tile.rows)
+    tiles = blocks * (blocks + 1) // 2 if way.symmetric else blocks * blocks2
+    # Two operands take twice the shared memory of one.
+    per_processor = way.tile.per_processor
+    programs = device.processors * (per_processor if way.symmetric else max(1, per_processor // 2))
+    whole, splits = _split(gradients * tiles, programs, 0 if way.given else width)
+    split = gradients * tiles - whole
+    return Plan(
         one=tiles == 1,
-        given=given,
         whole=whole,
         splits=splits,
         programs=min(whole + split * splits, programs),
-        scratch=split * splits * 2 * tile.rows**2 + samples * (4 * tiles + 2 * tokens),
-        counters=0 if tiles == 1 and not split else 2 * samples + 1 + split,
+        scratch=split * splits * 2 * way.tile.rows**2 + gradients * (4 * tiles + 2 * way.tokens),
+        counters=0 if tiles == 1 and not split else 2 * gradients + 1 + split,
     )
 
 

@@ -28,12 +28,12 @@ def tile_sums(
     ONE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Write the sums over a tile; for the sample's last tile, over all of them."""
-    samples, T, S, _, _, blocks, tiles = sizes
+    """Write the sums over a tile; for the gradient's last tile, over all of them."""
+    _, T, S, gradients, out_columns, blocks, tiles = sizes
     out_ptr, partials_ptr, _, counters_ptr = written
-    tile, sample, i, j = where
+    tile, gradient, i, j, _, out_column = where
     rows, columns = i * TILE + tl.arange(0, TILE), j * TILE + tl.arange(0, TILE)
-    row, column = sample.to(tl.int64) * T + rows, sample.to(tl.int64) * S + columns
+    row, column = gradient.to(tl.int64) * T + rows, gradient.to(tl.int64) * S + columns
     spread = 0.0
     times = 1.0
     if SYMMETRIC:
@@ -47,9 +47,9 @@ def tile_sums(
             if ONE:
                 tl.debug_barrier()
             else:
-                signal(counters_ptr + sample)
+                signal(counters_ptr + gradient)
         else:
-            _wait(counters_ptr + sample, blocks)
+            _wait(counters_ptr + gradient, blocks)
             times = 2.0
     left = tl.load(norms[0] + row, mask=rows < T, other=0.0, cache_modifier=".cg")
     right = tl.load(norms[1] + row, mask=rows < T, other=0.0, cache_modifier=".cg")
@@ -59,14 +59,15 @@ def tile_sums(
     product = tl.sum(tl.sum(a * g, 1)) * times
     by_left = tl.sum(tl.sum(tl.abs(g) * left2[None, :], 1) * left) * times
     by_right = tl.sum(tl.sum(tl.abs(a) * right2[None, :], 1) * right) * times
+    out_ptr += out_column
     if ONE:
-        _store(out_ptr + sample, samples, product, spread, by_left, by_right, SYMMETRIC)
+        _store(out_ptr, out_columns, product, spread, by_left, by_right, SYMMETRIC)
     else:
-        first_ptr = partials_ptr + sample.to(tl.int64) * tiles * 4
+        first_ptr = partials_ptr + gradient.to(tl.int64) * tiles * 4
         partial_ptr = partials_ptr + tile.to(tl.int64) * 4
         _store(partial_ptr, 1, product, spread, by_left, by_right, SYMMETRIC)
-        if signal(counters_ptr + samples + sample) == tiles - 1:
-            _add_up(first_ptr, tiles, out_ptr + sample, samples, SYMMETRIC)
+        if signal(counters_ptr + gradients + gradient) == tiles - 1:
+            _add_up(first_ptr, tiles, out_ptr, out_columns, SYMMETRIC)
 
 
 @triton.jit
@@ -81,7 +82,7 @@ def _store(ptr, step, product, spread, by_left, by_right, SYMMETRIC: tl.constexp
 
 @triton.jit
 def _add_up(partials_ptr, tiles, out_ptr, step, SYMMETRIC: tl.constexpr):
-    """Add up a sample's tiles in order, in float64: there may be very many."""
+    """Add up a gradient's tiles in order, in float64: there may be very many."""
     place = tl.arange(0, 4)
     there = place < (4 if SYMMETRIC else 3)
     total = tl.zeros((4,), tl.float64)

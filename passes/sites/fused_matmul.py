@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -10,13 +10,20 @@ from torch import fx
 
 from flashnorm_compile._torch import hint
 from flashnorm_compile.kernels.flash_norm import flash_norm, materialize_norm
-from flashnorm_compile.kernels.ghost_norm import ghost_norm
+from flashnorm_compile.kernels.ghost_norm import ghost_norm, ghost_norms
 from flashnorm_compile.kernels.weighted_gradient import weighted_gradients
 from flashnorm_compile.passes.cost import Cost
+from flashnorm_compile.passes.layout import SampleAxis
 from flashnorm_compile.passes.sites.base import Context, Site
 from flashnorm_compile.passes.sites.generic import contracted_axis
 from flashnorm_compile.passes.sites.matmul import MatmulSite, sample_major
-from flashnorm_compile.passes.sites.rounding import HALF, Rounding, gram_error, squares_above
+from flashnorm_compile.passes.sites.rounding import (
+    HALF,
+    Rounding,
+    bounded_square,
+    gram_error,
+    squares_above,
+)
 
 aten = torch.ops.aten
 # On a GPU. A kernel takes this many tokens of a sample at once; of fewer, most of it is idle.
@@ -76,13 +83,10 @@ class FusedMatmulSite(MatmulSite):
             left: torch.Tensor, right: torch.Tensor, batch: torch.Tensor
         ) -> tuple[torch.Tensor, torch.Tensor]:
             left, right = sample_major(axes, left, right, batch.shape[0])
-            by_left, by_right = (
-                gram_error(left.new_empty(0, dtype=torch.float32), length)
-                for length in (left.shape[1], right.shape[2])
+            errors = _gram_errors(left, right)
+            return _square_and_slack(
+                ghost_norm(left, right, *errors), errors, left.shape[2], rounding
             )
-            square, spread, lefts, rights = ghost_norm(left, right, by_left, by_right).unbind(0)
-            slack = rounding.spread_slack(spread, left.shape[2])
-            return square, slack + by_left * lefts + by_right * rights
 
         return self._emit(code)  # type: ignore[no-any-return]
 
@@ -136,8 +140,61 @@ class FusedMatmulSite(MatmulSite):
         product = self._once(2.0 * batch * tokens * m * n, kept)
         return product + self.context.device.move(kept) + Cost(kept=kept)
 
+    def _shape(self) -> Hashable:
+        """Of a sample's operands, if it is known; else what no other site has."""
+        m, n = self.left.meta["val"].shape[0], self.right.meta["val"].shape[1]
+        sizes = m, n, self.left_axis.outer, self.left_axis.inner
+        return sizes if all(isinstance(size, int) for size in sizes) else self.node
+
     def _once(self, flops: float, moved: float) -> Cost:
         return self.context.device.multiply(flops, self.left.meta["val"].dtype, moved)
+
+
+def ghosts_together(sites: Sequence[FusedMatmulSite]) -> list[fx.Node]:
+    """Emit squared norms [B] that no contribution exceeds, by ``ghost`` of many sites.
+
+    They are found once the operands of all are there, which must be kept for the weighted sums
+    anyway: launches are shared, and what follows them is done once for sites of one shape, whose
+    squares are added up.
+    """
+    squares: list[fx.Node] = []
+    for dtype in dict.fromkeys(site.left.meta["val"].dtype for site in sites):
+        shapes: dict[Hashable, list[FusedMatmulSite]] = {}
+        for site in sites:
+            if site.left.meta["val"].dtype == dtype:
+                shapes.setdefault(site._shape(), []).append(site)
+        some = [site for alike in shapes.values() for site in alike]
+        counts = [len(alike) for alike in shapes.values()]
+        axes = [(site.left_axis, site.right_axis) for site in some]
+
+        def code(
+            batch: torch.Tensor,
+            *operands: torch.Tensor,
+            axes: Any = axes,
+            counts: list[int] = counts,
+            rounding: Rounding = some[0].rounding,
+        ) -> list[torch.Tensor]:
+            pairs = _pairs(axes, operands, batch.shape[0])
+            errors = [_gram_errors(left, right) for left, right in pairs]
+            lefts, rights = zip(*pairs, strict=True)
+            left_errors, right_errors = zip(*errors, strict=True)
+            sums = ghost_norms(list(lefts), list(rights), list(left_errors), list(right_errors))
+            totals = []
+            first = 0
+            for count in counts:
+                square, slack = _square_and_slack(
+                    sums[:, first : first + count], errors[first], lefts[first].shape[2], rounding
+                )
+                bounded = bounded_square([square], [slack], (), (), rounding.tolerance)
+                totals.append(bounded.sum(0))
+                first += count
+            return totals
+
+        operands = _operands(some)
+        context = some[0].context
+        last = max(operands)
+        squares += context.emit(code, context.batch, *operands, before=last.next, like=last)
+    return squares
 
 
 def weighted_together(
@@ -153,17 +210,47 @@ def weighted_together(
         def code(
             weights: torch.Tensor, *operands: torch.Tensor, axes: Any = axes, rows: Any = rows
         ) -> list[torch.Tensor]:
-            pairs = [
-                sample_major(axes[k], operands[2 * k], operands[2 * k + 1], weights.shape[0])
-                for k in range(len(axes))
-            ]
+            pairs = _pairs(axes, operands, weights.shape[0])
             totals = weighted_gradients([x for x, _ in pairs], [y for _, y in pairs], weights)
             return [
                 total if total.shape[-2] == count else total.narrow(-2, 0, count)
                 for total, count in zip(totals, rows, strict=True)
             ]
 
-        operands = [x for site in some for x in (site.padded or site.left, site.right)]
-        nodes = some[0].context.emit(code, weights, *operands, before=before)
+        nodes = some[0].context.emit(code, weights, *_operands(some), before=before)
         sums |= dict(zip(some, nodes, strict=True))
     return sums
+
+
+def _operands(sites: Sequence[FusedMatmulSite]) -> list[fx.Node]:
+    operands: list[fx.Node] = []
+    for site in sites:
+        operands += (site.padded or site.left, site.right)
+    return operands
+
+
+def _pairs(
+    axes: Sequence[tuple[SampleAxis, SampleAxis]],
+    operands: Sequence[torch.Tensor],
+    batch_size: int,
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return [B, m, T] and [B, T, n] of every site from what `_operands` lists."""
+    return [
+        sample_major(axes[k], operands[2 * k], operands[2 * k + 1], batch_size)
+        for k in range(len(axes))
+    ]
+
+
+def _gram_errors(left: torch.Tensor, right: torch.Tensor) -> tuple[float, float]:
+    """The errors of the kernel's products of rows, which are float32."""
+    product = left.new_empty(0, dtype=torch.float32)
+    return gram_error(product, left.shape[1]), gram_error(product, right.shape[2])
+
+
+def _square_and_slack(
+    sums: torch.Tensor, errors: tuple[float, float], tokens: int, rounding: Rounding
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return squares and slack from the sums [4, ...] of `ghost_norms`."""
+    square, spread, by_left, by_right = sums.unbind(0)
+    slack = rounding.spread_slack(spread, tokens)
+    return square, slack + errors[0] * by_left + errors[1] * by_right
