@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import fx
@@ -63,7 +64,7 @@ def compile_with_inductor(
 
     # AOTAutograd's cache would skip the pass in a second process. Inductor's own cache is keyed
     # by the rewritten graphs, so it stays on.
-    with _without_autograd_cache():
+    with _without_autograd_cache(), _layouts_for_any_batch_size():
         compiled: Any = compile_fx(
             gm,
             list(inputs),
@@ -107,6 +108,26 @@ def compile_without_codegen(
 
 def _without_autograd_cache() -> Any:
     return functorch_config.patch(enable_autograd_cache=False, enable_remote_autograd_cache=False)
+
+
+@contextlib.contextmanager
+def _layouts_for_any_batch_size() -> Iterator[None]:
+    """Let Inductor lay images out for convolutions (channels last) where B is a symbol.
+
+    It does not where any size is, since what it does with rows and columns of unknown length was
+    slow (pytorch issue 102670). No stride depends on the number of samples, the first dim.
+    """
+    from torch._inductor import graph
+
+    has_free_symbols = graph.has_free_symbols
+
+    def has_others(value: Any) -> bool:
+        if isinstance(value, torch.Tensor) and value.ndim:
+            return any(map(has_free_symbols, value.shape[1:]))
+        return has_free_symbols(value)
+
+    with mock.patch.object(graph, "has_free_symbols", has_others):
+        yield
 
 
 def autograd_cache_is_on() -> bool:
