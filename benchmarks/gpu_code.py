@@ -233,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--workload", default="gpt2-t256-b64", help="a name, see models.py")
     parser.add_argument("--strategy", default="auto", choices=get_args(library.Strategy))
-    parser.add_argument("--kernels", default="library", choices=get_args(library.Kernels))
+    parser.add_argument("--kernels", default="auto", choices=get_args(library.Kernels))
     parser.add_argument("--compile", action="store_true", help="compile the kernels with Triton")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/gpu-code"))
     options = parser.parse_args(arguments)

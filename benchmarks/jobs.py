@@ -15,7 +15,7 @@ STEP, LARGEST_BATCH = "step", "largest batch"
 FINAL = ("ok", "wrong", "failed", "out of memory")
 #: What is measured first, and next; the rest comes last.
 URGENT = (
-    ("compiled", "flashnorm-auto", "flashnorm-auto-fused"),
+    ("compiled", "flashnorm-auto", "flashnorm-auto-library"),
     ("eager", "opacus-ghost", "opacus-hooks"),
 )
 _EFFORT = ("warmup", "iterations", "profile")

@@ -307,7 +307,7 @@ def find_method(name: str) -> Builder:
 
 
 def flashnorm_methods() -> dict[str, dict[str, str]]:
-    """Return a method for each strategy of flashnorm's, with library operations and with kernels.
+    """Return a method for each strategy of flashnorm's, and for those with given kernels.
 
     "flash" norms are by its own kernels always.
     """
@@ -315,7 +315,7 @@ def flashnorm_methods() -> dict[str, dict[str, str]]:
 
     found = {}
     for strategy, kernels in itertools.product(get_args(Strategy), get_args(Kernels)):
-        if kernels == "library":
+        if kernels == "auto":
             found[f"flashnorm-{strategy}"] = {"strategy": strategy}
         elif strategy != "flash":
             name = f"flashnorm-{strategy}-{kernels}"

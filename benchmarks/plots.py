@@ -36,7 +36,7 @@ STYLES = {
     "compiled": Style("torch.compile, not private", "#000000", "o"),
     "compiled-reduce-overhead": Style("torch.compile, CUDA graphs", "#444444", "o"),
     "flashnorm-auto": Style("flashnorm", "#0072B2", "s"),
-    "flashnorm-auto-fused": Style("flashnorm, its own kernels", "#CC79A7", "D"),
+    "flashnorm-auto-library": Style("flashnorm, library operations", "#CC79A7", "D"),
     "flashnorm-reduce-overhead": Style("flashnorm, CUDA graphs", "#004a75", "s"),
     "flashnorm-materialize": Style("flashnorm, materialize", "#56B4E9", "^"),
     "flashnorm-ghost": Style("flashnorm, ghost", "#009E73", "v"),

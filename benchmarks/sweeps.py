@@ -51,7 +51,7 @@ SWEEPS = {
     ),
 }
 SWEEP_METHODS = (
-    "compiled", "flashnorm-auto", "flashnorm-auto-fused", "flashnorm-materialize",
+    "compiled", "flashnorm-auto", "flashnorm-auto-library", "flashnorm-materialize",
     "flashnorm-ghost", "flashnorm-flash", "opacus-ghost", "opacus-hooks",
 )  # fmt: skip
 
@@ -61,9 +61,9 @@ CLASSIC_WORKLOAD = "gpt2-untied-t128-b64"
 #: What the classic comparison calls them, and methods that stand for them, best first.
 CLASSIC_ROWS: Mapping[str, tuple[str, ...]] = {
     "standard DP-SGD": ("opacus-hooks", "vmap-eager"),
-    "ghost": ("flashnorm-ghost",),
+    "ghost": ("flashnorm-ghost-library",),
     "flash": ("flashnorm-flash",),
-    "flash + fused": ("flashnorm-auto-fused",),
+    "flash + fused": ("flashnorm-auto",),
 }
 
 

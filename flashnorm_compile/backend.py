@@ -235,7 +235,7 @@ def _compile_training(
         scalars=count + 2,
         loss_reduction=state.options.loss_reduction,
         strategy=state.options.strategy,
-        fused=state.options.kernels == "fused",
+        kernels=state.options.kernels,
         memory_budget=state.options.memory_budget,
         loss_outside=state.options.loss_outside,
     )

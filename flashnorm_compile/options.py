@@ -12,13 +12,13 @@ from flashnorm_compile.errors import PrivacyError
 
 LossReduction = Literal["mean", "sum"]
 Strategy = Literal["auto", "materialize", "ghost", "flash"]
-Kernels = Literal["library", "fused"]
+Kernels = Literal["auto", "library", "fused"]
 Lowering = Literal["inductor", "eager"]
 
 _CHOICES: dict[str, tuple[object, ...]] = {
     "loss_reduction": ("mean", "sum"),
     "strategy": ("auto", "materialize", "ghost", "flash"),
-    "kernels": ("library", "fused"),
+    "kernels": ("auto", "library", "fused"),
     "lowering": ("inductor", "eager"),
     "loss_outside": (False, True),
 }
@@ -43,8 +43,8 @@ class Options:
         strategy: how per-sample norms are computed; "auto" lets the cost model choose. Where a
             parameter's gradient does not allow what is asked for, the cost model chooses too.
         kernels: "library" computes norms and sums by torch's own operations; "fused" by kernels of
-            this package, where there is one, written in Triton for GPUs. "flash" norms are always
-            by these.
+            this package, where there is one, written in Triton for GPUs; "auto" by these where they
+            were measured to be faster. "flash" norms are always by these.
         memory_budget: bytes that "auto" may keep alive until the clipping factors are known, by
             the cost model; None is no limit: the fastest strategies.
         seed: reproduces the noise of a program that is run again; None draws one from the
@@ -62,7 +62,7 @@ class Options:
     loss_outside: bool = False
     in_dims: Any = None
     strategy: Strategy = "auto"
-    kernels: Kernels = "library"
+    kernels: Kernels = "auto"
     memory_budget: float | None = None
     seed: int | None = None
     lowering: Lowering = "inductor"

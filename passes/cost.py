@@ -19,6 +19,9 @@ _MATMUL_EFFICIENCY = 0.7
 _BANDWIDTH_EFFICIENCY = 0.85
 _LAUNCH_SECONDS = 2e-6
 
+# To keep a byte until clipping may cost what an H200 takes to write and read it.
+_SECONDS_PER_KEPT_BYTE = 5e-13
+
 # Dense FLOPs per clock and multiprocessor, by compute capability: 16-bit with float32 sums, and
 # float64. From NVIDIA's architecture papers; an unknown one counts as the latest before it.
 _FLOPS_PER_CLOCK = {
@@ -53,6 +56,11 @@ class Cost:
     flops: float = 0.0
     bytes: float = 0.0
     kept: float = 0.0
+
+    @property
+    def price(self) -> float:
+        """What is compared: seconds, and some for what is kept, which users run out of first."""
+        return self.seconds + self.kept * _SECONDS_PER_KEPT_BYTE
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(

@@ -74,6 +74,7 @@ def _plan(joint: JointGraph, request: Request) -> Plan:
                 sites=(),
                 source="",
                 axis="",
+                fused=False,
                 choices=("materialize",),
                 cost=Cost(),
             )

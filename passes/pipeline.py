@@ -38,7 +38,7 @@ class Request:
             the norms out; int64 (seed, release); float32 (C, σC, 1/E).
         loss_reduction: "mean" or "sum".
         strategy: "auto", "materialize", "ghost" or "flash".
-        fused: whether norms and sums are made by the kernels of this package.
+        kernels: "library", "fused" (those of this package) or "auto".
         memory_budget: bytes that may be kept until clipping; None is no limit.
         loss_outside: whether outputs with a batch axis may get gradients from outside.
     """
@@ -52,7 +52,7 @@ class Request:
     scalars: int
     loss_reduction: str = "mean"
     strategy: str = "auto"
-    fused: bool = False
+    kernels: str = "library"
     memory_budget: float | None = None
     loss_outside: bool = False
 
@@ -117,8 +117,8 @@ def _rewrite(joint: JointGraph, request: Request) -> Plan:
         _refuse_batch_size_in_state(joint, scales, request)
     losses, zeros = _checked_tangents(joint, analysis, request)
 
-    fused = request.fused or request.strategy == "flash"
-    context = Context(emit, analysis, batch, fused)
+    kernels = "fused" if request.strategy == "flash" else request.kernels
+    context = Context(emit, analysis, batch, kernels)
     gradients = find_gradient_sites(joint, analysis, context, _private_gradients(joint, request))
     if scales is not None:
         check_batch_size(scales, gradients, analysis, mean=mean)

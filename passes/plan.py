@@ -26,6 +26,7 @@ class Row:
         sites: kinds of its gradient sites.
         source: the user's line that makes the gradient.
         axis: the batch axis of the operands ("dim 0 of [8, 16]").
+        fused: whether kernels of this package make its norms and sums.
         choices: how the norms of its sites are found, one choice per site; a single
             "materialize" for a parameter whose sites are summed per sample first.
         cost: predicted work of that strategy beyond the non-private step, for the batch that was
@@ -38,6 +39,7 @@ class Row:
     sites: tuple[str, ...]
     source: str
     axis: str
+    fused: bool
     choices: tuple[Choice, ...]
     cost: Cost
 
@@ -59,8 +61,8 @@ class Plan:
 
     def __str__(self) -> str:
         header = (
-            "parameter", "shape", "sites", "axis", "strategy", "µs", "MFLOP", "MB", "kept MB",
-            "source",
+            "parameter", "shape", "sites", "axis", "strategy", "kernels", "µs", "MFLOP", "MB",
+            "kept MB", "source",
         )  # fmt: skip
         lines = [header] + [
             (
@@ -69,6 +71,7 @@ class Plan:
                 "+".join(row.sites) or "constant",
                 row.axis,
                 row.strategy,
+                "fused" if row.fused else "library",
                 f"{row.cost.seconds * 1e6:.1f}",
                 f"{row.cost.flops / 1e6:.2f}",
                 f"{row.cost.bytes / 1e6:.2f}",
@@ -98,7 +101,7 @@ def make_plan(
         PrivacyError: no choice keeps so little.
     """
     options = [_options(gradient, strategy) for gradient in gradients]
-    chosen = [min(each, key=lambda option: option[1].seconds) for each in options]
+    chosen = [min(each, key=lambda option: option[1].price) for each in options]
     if memory_budget is not None:
         _economize(chosen, options, memory_budget)
     return Plan(
@@ -118,6 +121,7 @@ def _row(gradient: ParameterGradient, choices: tuple[Choice, ...], cost: Cost) -
         sites=tuple(site.kind for site in gradient.sites),
         source=source_location(first.node if first else gradient.output),
         axis=first.axis_text if first else "",
+        fused=any(site.fused for site in gradient.sites),
         choices=choices,
         cost=cost,
     )
@@ -127,7 +131,7 @@ def _economize(chosen: list[_Option], options: list[list[_Option]], budget: floa
     """Exchange choices in place, the cheapest byte first, until they keep no more than that."""
     while (excess := sum(cost.kept for _, cost in chosen) - budget) > 0:
         exchanges = [
-            ((cost.seconds - now.seconds) / min(now.kept - cost.kept, excess), i, (choices, cost))
+            ((cost.price - now.price) / min(now.kept - cost.kept, excess), i, (choices, cost))
             for i, (_, now) in enumerate(chosen)
             for choices, cost in options[i]
             if cost.kept < now.kept

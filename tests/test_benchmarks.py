@@ -223,11 +223,11 @@ def test_the_classic_comparison_is_against_standard_dp_sgd():
     workload = "tiny-gpt2-untied"
     rows = [
         row("vmap-eager", 100.0, 50.0, workload=workload),
-        row("flashnorm-ghost", 20.0, 5.0, workload=workload),
+        row("flashnorm-ghost-library", 20.0, 5.0, workload=workload),
     ]
     table = report.markdown(rows, "the command")
     assert "| standard DP-SGD | vmap-eager | 100.0 | 1.0× | 50.00 | 1.0× |" in table
-    assert "| ghost | flashnorm-ghost | 20.0 | 5.0× | 5.00 | 10.0× |" in table
+    assert "| ghost | flashnorm-ghost-library | 20.0 | 5.0× | 5.00 | 10.0× |" in table
     assert "flash:" in table
 
 

@@ -163,3 +163,26 @@ def test_a_graph_that_was_not_rewritten_is_refused(monkeypatch):
     with pytest.raises(fn.PrivacyError, match="compiled without its private rewrite"):
         fn.dp_step(step, **OPTIONS)(model, *xy())
     assert not any(gradients_of(model).values())
+
+
+def test_images_are_laid_out_for_any_number_of_them():
+    """Inductor's rule, which is not asked on a CPU, takes a symbolic B for a known one."""
+    import torch._inductor.graph as inductor
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    from flashnorm_compile._torch.compilers import _layouts_for_any_batch_size
+
+    mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=False)
+    images = mode.from_tensor(torch.empty(5, 3, 8, 8))
+    weight = mode.from_tensor(torch.empty(6, 3, 3, 3), static_shapes=True)
+    symbols = inductor.has_free_symbols
+    assert symbols(images)
+    with mode, _layouts_for_any_batch_size():
+        batch = images.shape[0]
+        assert inductor.has_free_symbols(images)
+        assert not inductor.has_free_symbols(weight.new_empty(batch, 3, 8, 8))
+        assert not inductor.has_free_symbols(weight)
+        assert inductor.has_free_symbols(weight.new_empty(3, batch, 8, 8))
+        assert inductor.has_free_symbols(batch)
+    assert inductor.has_free_symbols is symbols

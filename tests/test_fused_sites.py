@@ -12,6 +12,8 @@ from zoo_conv import CONV
 from zoo_dense import DENSE
 from zoo_sharing import SHARING
 
+from flashnorm_compile.passes.sites import fused_matmul
+
 STRATEGIES = ("materialize", "ghost", "flash")
 CASES = {
     **{name: DENSE[name] for name in ("mlp_time_axis", "mlp_five_dims", "time_first", "batch_last",
@@ -43,6 +45,18 @@ def strategies_of_weights(plan) -> set[str]:
 @pytest.mark.parametrize("name", CASES)
 def test_matches_oracle(name, strategy):
     check_case(CASES[name], strategy, kernels="fused")
+
+
+@pytest.mark.parametrize(("hopper", "kernels"), [(True, "fused"), (False, "library")])
+def test_kernels_are_chosen_where_they_are_fast(hopper, kernels, monkeypatch):
+    monkeypatch.setattr(fused_matmul, "_is_hopper", lambda device: hopper)
+    case = linear_case()
+    step = private_step(case.loss)
+    step(case.build_model(), *case.build_batch())
+    weights = [row for row in step.plan.rows if row.sites == ("matmul",)]
+    assert len(weights) == 2
+    assert all(row.fused == (kernels == "fused") for row in weights)
+    assert f"  {kernels}  " in next(x for x in str(step.plan).splitlines() if "matmul" in x)
 
 
 @pytest.mark.parametrize("strategy", ["materialize", "flash"])

@@ -100,11 +100,18 @@ def test_the_plan_prints_what_was_decided():
     step(Classifier(), torch.randn(4, 8), torch.tensor([0, 1, 2, 0]))
     header, weight, bias = str(step.plan).splitlines()
     assert re.split("  +", header) == [
-        "parameter", "shape", "sites", "axis", "strategy", "µs", "MFLOP", "MB", "kept MB", "source",
+        "parameter", "shape", "sites", "axis", "strategy", "kernels", "µs", "MFLOP", "MB",
+        "kept MB", "source",
     ]  # fmt: skip
     assert weight.startswith("model.fc.weight  3×8    matmul     dim 1 of 3×")
     assert bias.startswith("model.fc.bias    3      reduction")
     assert "test_plan.py" in weight
+
+
+def test_what_is_kept_has_its_price():
+    fast_and_large = Cost(seconds=1.0e-3, kept=2e9)
+    assert fast_and_large.price > Cost(seconds=1.5e-3, kept=1e8).price
+    assert fast_and_large.price < Cost(seconds=2.5e-3, kept=1e8).price
 
 
 def test_a_kernel_takes_as_long_as_what_it_needs_most():

@@ -25,13 +25,17 @@ class Context:
         emit: splices snippets into the graph.
         analysis: the batch-axis analysis.
         batch: a [B] node, from whose shape snippets read the batch size.
-        fused: whether sites use the kernels of this package, where there is one.
+        kernels: "library", "fused" (those of this package, where there is one) or "auto".
     """
 
     emit: Emitter
     analysis: Analysis
     batch: fx.Node
-    fused: bool = False
+    kernels: str = "library"
+
+    def wants_kernels(self, *, faster: bool) -> bool:
+        """Whether a site uses the kernels of this package, which are ``faster`` or are not."""
+        return self.kernels == "fused" or (self.kernels == "auto" and faster)
 
     @property
     def device(self) -> Device:
@@ -48,6 +52,8 @@ class Site(ABC):
     """A node whose result is a sum over samples of per-sample gradients."""
 
     kind: ClassVar[str]
+    #: Whether norms and sums are made by kernels of this package.
+    fused: ClassVar[bool] = False
 
     def __init__(self, node: fx.Node, context: Context) -> None:
         self.node = node

@@ -27,11 +27,12 @@ class FusedConvolutionSite(ConvolutionSite):
     """The weight's output of a 2-d ``convolution_backward``."""
 
     kind: ClassVar[str] = "convolution"
+    fused: ClassVar[bool] = True
 
     @classmethod
     def match(cls, node: fx.Node, context: Context) -> FusedConvolutionSite | None:
         """Recognise the site where kernels are asked for, and fast."""
-        if not context.fused or ConvolutionSite.match(node, context) is None:
+        if not context.wants_kernels(faster=False) or ConvolutionSite.match(node, context) is None:
             return None
         site = cls(node, context)
         value, weight = site.gradient.meta["val"], site.weight.meta["val"]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from importlib.util import find_spec
 from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
 from flashnorm_compile._torch import hint
+from flashnorm_compile.kernels.device import find_device
 from flashnorm_compile.kernels.flash_norm import flash_norm, materialize_norm
 from flashnorm_compile.kernels.ghost_norm import ghost_norm, ghost_norms
 from flashnorm_compile.kernels.weighted_gradient import weighted_gradients
@@ -36,15 +38,16 @@ class FusedMatmulSite(MatmulSite):
     """``mm`` whose contracted dim holds some tokens of each sample."""
 
     kind: ClassVar[str] = "matmul"
+    fused: ClassVar[bool] = True
 
     @classmethod
     def match(cls, node: fx.Node, context: Context) -> FusedMatmulSite | None:
         """Recognise the site where kernels are asked for, and fast."""
-        if not context.fused or node.target is not aten.mm.default:
-            return None
-        if contracted_axis(node, context) is None:
+        if node.target is not aten.mm.default or contracted_axis(node, context) is None:
             return None
         left = node.args[0].meta["val"]
+        if not context.wants_kernels(faster=_is_hopper(left.device)):
+            return None
         tokens = hint(left.shape[-1]) // context.batch_size
         if left.is_cuda:
             suits = left.dtype in HALF and tokens >= MIN_TOKENS
@@ -148,6 +151,12 @@ class FusedMatmulSite(MatmulSite):
 
     def _once(self, flops: float, moved: float) -> Cost:
         return self.context.device.multiply(flops, self.left.meta["val"].dtype, moved)
+
+
+def _is_hopper(device: torch.device) -> bool:
+    """Whether kernels are as fast as they were measured: earlier GPUs have smaller tiles."""
+    there = device.type == "cuda" and torch.cuda.is_available()
+    return there and find_spec("triton") is not None and find_device(device).hopper
 
 
 def ghosts_together(sites: Sequence[FusedMatmulSite]) -> list[fx.Node]:
