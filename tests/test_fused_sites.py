@@ -50,6 +50,7 @@ def test_matches_oracle(name, strategy):
 @pytest.mark.parametrize(("hopper", "kernels"), [(True, "fused"), (False, "library")])
 def test_kernels_are_chosen_where_they_are_fast(hopper, kernels, monkeypatch):
     monkeypatch.setattr(fused_matmul, "_is_hopper", lambda device: hopper)
+    monkeypatch.setattr(fused_matmul, "MIN_WIDTH", 3)
     case = linear_case()
     step = private_step(case.loss)
     step(case.build_model(), *case.build_batch())
@@ -57,6 +58,16 @@ def test_kernels_are_chosen_where_they_are_fast(hopper, kernels, monkeypatch):
     assert len(weights) == 2
     assert all(row.fused == (kernels == "fused") for row in weights)
     assert f"  {kernels}  " in next(x for x in str(step.plan).splitlines() if "matmul" in x)
+
+
+def test_narrow_products_are_left_to_the_library(monkeypatch):
+    monkeypatch.setattr(fused_matmul, "_is_hopper", lambda device: True)
+    monkeypatch.setattr(fused_matmul, "MIN_WIDTH", 4)
+    case = linear_case()
+    step = private_step(case.loss)
+    step(case.build_model(), *case.build_batch())
+    found = {row.parameter: row.fused for row in step.plan.rows if row.sites == ("matmul",)}
+    assert found == {"model.0.weight": True, "model.2.weight": False}
 
 
 @pytest.mark.parametrize("strategy", ["materialize", "flash"])

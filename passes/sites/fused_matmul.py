@@ -30,6 +30,9 @@ from flashnorm_compile.passes.sites.rounding import (
 aten = torch.ops.aten
 # On a GPU. A kernel takes this many tokens of a sample at once; of fewer, most of it is idle.
 MIN_TOKENS = 32
+# Rows and columns of the smallest tile: of a narrower product, such as a low-rank adapter's, most of
+# it would be idle.
+MIN_WIDTH = 64
 # All their sums are there before the first is released.
 SITES_PER_CALL = 32
 
@@ -46,7 +49,8 @@ class FusedMatmulSite(MatmulSite):
         if node.target is not aten.mm.default or contracted_axis(node, context) is None:
             return None
         left = node.args[0].meta["val"]
-        if not context.wants_kernels(faster=_is_hopper(left.device)):
+        wide = min(map(hint, node.meta["val"].shape)) >= MIN_WIDTH
+        if not context.wants_kernels(faster=wide and _is_hopper(left.device)):
             return None
         tokens = hint(left.shape[-1]) // context.batch_size
         if left.is_cuda:
