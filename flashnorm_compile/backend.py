@@ -13,7 +13,7 @@ from flashnorm_compile import _torch
 from flashnorm_compile.aliases import checked_each_call
 from flashnorm_compile.empty_batch import EmptyBatchGraph
 from flashnorm_compile.errors import PrivacyError
-from flashnorm_compile.graph_pass import GraphPass
+from flashnorm_compile.graph_pass import GraphPass, replays_graphs
 from flashnorm_compile.kept import refuse_changes, refuse_kept_samples
 from flashnorm_compile.optimizers import guard_optimizers
 from flashnorm_compile.options import Options
@@ -236,6 +236,7 @@ def _compile_training(
         loss_reduction=state.options.loss_reduction,
         strategy=state.options.strategy,
         kernels=state.options.kernels,
+        graphs=replays_graphs(mode),
         memory_budget=state.options.memory_budget,
         loss_outside=state.options.loss_outside,
     )

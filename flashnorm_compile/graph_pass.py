@@ -92,6 +92,12 @@ def inductor_settings(mode: str | None) -> Mapping[str, Any]:
     return {} if mode is None else modes[mode]
 
 
+def replays_graphs(mode: str | None) -> bool:
+    """Return whether a mode of ``torch.compile`` replays kernels as CUDA graphs."""
+    name = "triton.cudagraphs"
+    return bool(inductor_settings(mode).get(name, _torch.inductor_setting(name)))
+
+
 @functools.cache
 def _sources_digest() -> str:
     import flashnorm_compile.kernels

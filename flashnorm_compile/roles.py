@@ -310,8 +310,9 @@ def _first_break(frame: Frame) -> str:
 def user_name(source: InputSource) -> str:
     """Write a source as the user would: L['model']._modules['fc']._parameters['weight']."""
     text = source.expression
-    for container in ("._modules", "._parameters", "._buffers"):
-        text = text.replace(container, "")
+    # By way of ``__dict__`` where a module has a ``__getattr__`` of its own.
+    for container in ("_modules", "_parameters", "_buffers"):
+        text = text.replace(f".__dict__['{container}']", "").replace(f".{container}", "")
     root = source.root or ""
     text = text.removeprefix(f"L[{root!r}]").removeprefix(f"G[{root!r}]")
     if source.in_module:

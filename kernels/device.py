@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 
@@ -47,6 +48,12 @@ def find_device(device: torch.device) -> Device:
         descriptors=properties.major >= 9,
         hopper=properties.major in (9, 10),
     )
+
+
+def has_fast_kernels(device: torch.device) -> bool:
+    """Whether the kernels are as fast as they were measured: earlier GPUs have smaller tiles."""
+    there = device.type == "cuda" and torch.cuda.is_available()
+    return there and find_spec("triton") is not None and find_device(device).hopper
 
 
 def float32_precision() -> str:

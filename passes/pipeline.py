@@ -39,6 +39,7 @@ class Request:
         loss_reduction: "mean" or "sum".
         strategy: "auto", "materialize", "ghost" or "flash".
         kernels: "library", "fused" (those of this package) or "auto".
+        graphs: whether kernels are replayed as CUDA graphs.
         memory_budget: bytes that may be kept until clipping; None is no limit.
         loss_outside: whether outputs with a batch axis may get gradients from outside.
     """
@@ -53,6 +54,7 @@ class Request:
     loss_reduction: str = "mean"
     strategy: str = "auto"
     kernels: str = "library"
+    graphs: bool = False
     memory_budget: float | None = None
     loss_outside: bool = False
 
@@ -118,7 +120,7 @@ def _rewrite(joint: JointGraph, request: Request) -> Plan:
     losses, zeros = _checked_tangents(joint, analysis, request)
 
     kernels = "fused" if request.strategy == "flash" else request.kernels
-    context = Context(emit, analysis, batch, kernels)
+    context = Context(emit, analysis, batch, kernels, request.graphs)
     gradients = find_gradient_sites(joint, analysis, context, _private_gradients(joint, request))
     if scales is not None:
         check_batch_size(scales, gradients, analysis, mean=mean)

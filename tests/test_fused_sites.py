@@ -12,7 +12,7 @@ from zoo_conv import CONV
 from zoo_dense import DENSE
 from zoo_sharing import SHARING
 
-from flashnorm_compile.passes.sites import fused_matmul
+from flashnorm_compile.passes.sites import fused_convolution, fused_matmul
 
 STRATEGIES = ("materialize", "ghost", "flash")
 CASES = {
@@ -49,7 +49,7 @@ def test_matches_oracle(name, strategy):
 
 @pytest.mark.parametrize(("hopper", "kernels"), [(True, "fused"), (False, "library")])
 def test_kernels_are_chosen_where_they_are_fast(hopper, kernels, monkeypatch):
-    monkeypatch.setattr(fused_matmul, "_is_hopper", lambda device: hopper)
+    monkeypatch.setattr(fused_matmul, "has_fast_kernels", lambda device: hopper)
     monkeypatch.setattr(fused_matmul, "MIN_WIDTH", 3)
     case = linear_case()
     step = private_step(case.loss)
@@ -61,7 +61,7 @@ def test_kernels_are_chosen_where_they_are_fast(hopper, kernels, monkeypatch):
 
 
 def test_narrow_products_are_left_to_the_library(monkeypatch):
-    monkeypatch.setattr(fused_matmul, "_is_hopper", lambda device: True)
+    monkeypatch.setattr(fused_matmul, "has_fast_kernels", lambda device: True)
     monkeypatch.setattr(fused_matmul, "MIN_WIDTH", 4)
     case = linear_case()
     step = private_step(case.loss)
@@ -110,6 +110,15 @@ def test_kernels_are_used_where_they_are_asked_for(strategy, kernels, operations
     step = private_step(case.loss, strategy=strategy, kernels=kernels)
     step(case.build_model(), *case.build_batch())
     assert operations_of(step) == operations
+
+
+@pytest.mark.parametrize(("mode", "fused"), [("reduce-overhead", True), (None, False)])
+def test_convolutions_use_kernels_where_launches_are_replayed(mode, fused, monkeypatch):
+    monkeypatch.setattr(fused_convolution, "has_fast_kernels", lambda device: True)
+    model = nn.Sequential(nn.Conv2d(4, 6, 3, bias=False), nn.Tanh()).bfloat16()
+    step = private_step(lambda model, x: model(x).float().square().mean(), mode=mode)
+    step(model, torch.randn(4, 4, 8, 8, dtype=torch.bfloat16))
+    assert [row.fused for row in step.plan.rows] == [fused]
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,27 @@ def test_the_plan_prints_what_was_decided():
     assert "test_plan.py" in weight
 
 
+def test_parameters_are_named_as_the_user_would_behind_a_getattr():
+    """Adapters such as peft's forward what they lack, which Dynamo reads by way of __dict__."""
+
+    class Adapter(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base = nn.Linear(8, 3)
+
+        def __getattr__(self, name):
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                return getattr(self.base, name)
+
+        def forward(self, x):
+            return self.base(x)
+
+    plan = plan_of(nn.Sequential(Adapter()), torch.randn(4, 8))
+    assert [row.parameter for row in plan.rows] == ["model.0.base.weight", "model.0.base.bias"]
+
+
 def test_what_is_kept_has_its_price():
     fast_and_large = Cost(seconds=1.0e-3, kept=2e9)
     assert fast_and_large.price > Cost(seconds=1.5e-3, kept=1e8).price

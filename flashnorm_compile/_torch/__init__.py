@@ -19,6 +19,7 @@ from flashnorm_compile._torch.compilers import (
     compile_without_codegen,
     decompositions,
     inductor_modes,
+    inductor_setting,
     symbolic_tracing,
 )
 from flashnorm_compile._torch.frames import (
@@ -91,6 +92,7 @@ __all__ = [
     "hint",
     "in_optimizer",
     "inductor_modes",
+    "inductor_setting",
     "input_source",
     "is_in_place",
     "kept_tensors",

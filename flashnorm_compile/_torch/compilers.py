@@ -53,6 +53,13 @@ def inductor_modes() -> dict[str, dict[str, Any]]:
     return dict(torch._inductor.list_mode_options())
 
 
+def inductor_setting(name: str) -> Any:
+    """Return a setting of Inductor, such as "triton.cudagraphs"."""
+    from torch._inductor import config
+
+    return config.get_config_copy()[name]
+
+
 def compile_with_inductor(
     gm: fx.GraphModule,
     inputs: Sequence[Any],

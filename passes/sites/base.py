@@ -26,12 +26,14 @@ class Context:
         analysis: the batch-axis analysis.
         batch: a [B] node, from whose shape snippets read the batch size.
         kernels: "library", "fused" (those of this package, where there is one) or "auto".
+        graphs: whether kernels are replayed as CUDA graphs, so that to launch them takes no time.
     """
 
     emit: Emitter
     analysis: Analysis
     batch: fx.Node
     kernels: str = "library"
+    graphs: bool = False
 
     def wants_kernels(self, *, faster: bool) -> bool:
         """Whether a site uses the kernels of this package, which are ``faster`` or are not."""

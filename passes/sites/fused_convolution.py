@@ -14,10 +14,11 @@ from flashnorm_compile.kernels.convolution import (
     convolution_samples,
     convolution_weighted,
 )
+from flashnorm_compile.kernels.device import has_fast_kernels
 from flashnorm_compile.passes.cost import Cost
 from flashnorm_compile.passes.sites.base import Context
 from flashnorm_compile.passes.sites.convolution import ConvolutionSite
-from flashnorm_compile.passes.sites.rounding import Rounding, squares_above
+from flashnorm_compile.passes.sites.rounding import HALF, Rounding, squares_above
 
 # On a GPU. A kernel multiplies this many channels of a group at once; of fewer, most is idle.
 MIN_CHANNELS = 16
@@ -32,10 +33,14 @@ class FusedConvolutionSite(ConvolutionSite):
     @classmethod
     def match(cls, node: fx.Node, context: Context) -> FusedConvolutionSite | None:
         """Recognise the site where kernels are asked for, and fast."""
-        if not context.wants_kernels(faster=False) or ConvolutionSite.match(node, context) is None:
+        if ConvolutionSite.match(node, context) is None:
             return None
         site = cls(node, context)
         value, weight = site.gradient.meta["val"], site.weight.meta["val"]
+        # The kernels take less of the GPU's time, and their launches more of the host's.
+        fast = value.dtype in HALF and has_fast_kernels(value.device)
+        if not context.wants_kernels(faster=context.graphs and fast):
+            return None
         depthwise = site.groups > 1 and weight.shape[0] // site.groups < MIN_CHANNELS
         suits = weight.ndim == 4 and value.dtype != torch.float64
         return site if suits and not (value.is_cuda and depthwise) else None

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from importlib.util import find_spec
 from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
 from flashnorm_compile._torch import hint
-from flashnorm_compile.kernels.device import find_device
+from flashnorm_compile.kernels.device import has_fast_kernels
 from flashnorm_compile.kernels.flash_norm import flash_norm, materialize_norm
 from flashnorm_compile.kernels.ghost_norm import ghost_norm, ghost_norms
 from flashnorm_compile.kernels.weighted_gradient import weighted_gradients
@@ -30,8 +29,8 @@ from flashnorm_compile.passes.sites.rounding import (
 aten = torch.ops.aten
 # On a GPU. A kernel takes this many tokens of a sample at once; of fewer, most of it is idle.
 MIN_TOKENS = 32
-# Rows and columns of the smallest tile: of a narrower product, such as a low-rank adapter's, most of
-# it would be idle.
+# Rows and columns of the smallest tile: of a narrower product, such as a low-rank adapter's, most
+# of it would be idle.
 MIN_WIDTH = 64
 # All their sums are there before the first is released.
 SITES_PER_CALL = 32
@@ -50,7 +49,7 @@ class FusedMatmulSite(MatmulSite):
             return None
         left = node.args[0].meta["val"]
         wide = min(map(hint, node.meta["val"].shape)) >= MIN_WIDTH
-        if not context.wants_kernels(faster=wide and _is_hopper(left.device)):
+        if not context.wants_kernels(faster=wide and has_fast_kernels(left.device)):
             return None
         tokens = hint(left.shape[-1]) // context.batch_size
         if left.is_cuda:
@@ -155,12 +154,6 @@ class FusedMatmulSite(MatmulSite):
 
     def _once(self, flops: float, moved: float) -> Cost:
         return self.context.device.multiply(flops, self.left.meta["val"].dtype, moved)
-
-
-def _is_hopper(device: torch.device) -> bool:
-    """Whether kernels are as fast as they were measured: earlier GPUs have smaller tiles."""
-    there = device.type == "cuda" and torch.cuda.is_available()
-    return there and find_spec("triton") is not None and find_device(device).hopper
 
 
 def ghosts_together(sites: Sequence[FusedMatmulSite]) -> list[fx.Node]:
