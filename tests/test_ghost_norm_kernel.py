@@ -306,6 +306,29 @@ def test_the_kernel_repeats_bit_by_bit_and_does_not_synchronise(tokens):
         torch.testing.assert_close(other, first, rtol=0, atol=0)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_tensor_cores_add_as_precisely_as_is_said():
+    """Products just below what is cut off beside the first one, which is 1."""
+    largest = 0.0
+    for width in (64, 1024, 8192):
+        for exponent in range(20, 30):
+            left = torch.full((1, width, 128), 2.0**-10, device="cuda", dtype=torch.bfloat16)
+            right = torch.full_like(left.mT, (2 - 2.0**-7) * 2.0 ** (10 - exponent - 1))
+            left[:, 0], right[:, :, 0] = 1.0, 1.0
+            exact = (right[0, 0].double() @ left[0, :, 0].double()).item()
+            bound = rounding.gram_error(left.new_empty(0, dtype=torch.float32), width)
+            bound *= right[0, 0].double().norm().item() * left[0, :, 0].double().norm().item()
+            ones = torch.ones(1, 128, 8, device="cuda", dtype=torch.bfloat16)
+            norms = [torch.ones(1, 128, device="cuda")] * 4
+            # 8·128² of one number: their sum is not rounded.
+            by_kernel = ghost_product(right.mT, ones, left, ones, *norms)[0] / (8 * 128**2)
+            for found in (torch.bmm(right, left, out_dtype=torch.float32), by_kernel):
+                error = (found.double() - exact).abs().max().item()
+                assert error <= bound
+                largest = max(largest, error / width)
+    assert largest > 2.0**-27, "nothing was cut off"
+
+
 def test_the_ops_are_sound_custom_ops():
     left, right = operands(3, 4, 5, 6, torch.bfloat16)
     torch.library.opcheck(ghost_norms, ([left] * 2, [right] * 2, [1e-5] * 2, [1e-5] * 2))

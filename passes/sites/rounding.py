@@ -21,13 +21,13 @@ norm is left as computed where n² ≥ κS², κ = slack/(τS²), which is where
 
     Gram products                E: those of float32 and float64 are made in float64, by which also
                                  TF32 cannot touch them: (p + d)·2⁻⁵²·S². Half precision on a GPU:
-                                 products are exact, tensor cores add 8 of them at a time to a
-                                 float32 that they truncate: an error of d·2⁻²⁶‖a_t‖‖a_s‖ in each
-                                 a_t·a_s, so d·2⁻²⁶·Σ‖a_t‖‖a_s‖|g_t·g_s| and the same with g.
+                                 products are exact and added with an error u each, see below: an
+                                 error of d·u‖a_t‖‖a_s‖ in each a_t·a_s, so in all
+                                 d·u·Σ‖a_t‖‖a_s‖|g_t·g_s| and the same with g.
     sums by token                E: float64, (T + d)·2⁻⁵²·S².
     a materialised site          E: none in float64. R = 3·2⁻²⁴·‖g‖ of its entries, which are
                                  weighted and added to those of other sites: these may cancel.
-    sum over T tokens            R = (T + 2)·2⁻²⁴·S, sequential float32
+    sum over T tokens            R = (T + 2)·u·S, sequential float32, or by tensor cores
     operands rounded to TF32     R = 2⁻¹⁰·S: 2⁻¹¹ for each operand; twice that if cut off
     c∘g rounded to bfloat16      R² = 2⁻¹⁶·Σ ‖g_t‖‖g_s‖|a_t·a_s|: 2⁻⁸ for each entry
 
@@ -36,6 +36,13 @@ S²/1024 (TF32) stays as computed: 64 or 1024 tokens with orthogonal gradients. 
 τ = 2⁻¹⁰: at most 0.25 % above C, and 2⁻¹¹ from what is computed; 512 orthogonal tokens stay as
 they are, 2048 raise n by 0.4 %. All this in the worst case; the rounding errors of ordinary data
 cancel, and its sums exceed C by less than 1e-6, or in bfloat16 by 0.4 %, for a single token.
+
+An addition of float32 errs by u = 2⁻²⁴ of the largest sum. Tensor cores add k products to a sum at
+once: all are cut off j bits below float32's last of the largest of them, and so is the result at
+that last bit, so that each product costs ((k + 1)·2⁻ʲ + 1)/k·2⁻²³. With k = 4, j = 0 (Volta,
+Turing), k = 8, j = 1 (Ampere, Ada) and k = 16, j = 2 (Hopper, data centres' Blackwell) that is less
+than u = 2⁻²², 2⁻²³ and 2⁻²⁴ (Fasi et al. 2021, doi 10.7717/peerj-cs.330; Khattak and Mikaitis 2025,
+arXiv 2512.07004).
 
 That a sum is added up token after token, with nothing else between, is true of samples whose rows
 lie together; what other samples add to the rounding is bounded by their own sums, far below noise.
@@ -55,6 +62,8 @@ HALF = (torch.bfloat16, torch.float16)
 # Squares below it are flushed to zero: a row norm is never less than its true value, nor a Gram
 # product's underflow more than its allowance.
 _FLOOR = 2.0**-100
+# Of tensor cores, by major compute capability. What is not listed counts as Ampere's.
+_ADDITION_ERRORS = {7: 2.0**-22, 9: 2.0**-24, 10: 2.0**-24}
 
 
 @dataclass(frozen=True)
@@ -64,7 +73,7 @@ class Rounding:
     Attributes:
         operands: R/S of operands that the product itself rounds (TF32).
         scaled: relative error of the entries that are rounded once they are scaled, or 0.
-        unit: relative error of an addition.
+        unit: u, the relative error of an addition.
     """
 
     operands: float
@@ -77,15 +86,16 @@ class Rounding:
         if value.dtype == torch.float64:
             return cls(0.0, 0.0, 2.0**-53)
         if value.dtype == torch.bfloat16:
-            return cls(0.0, 2.0**-8, 2.0**-24)
-        return cls(_float32_operands(value), 0.0, 2.0**-24)
+            return cls(0.0, 2.0**-8, addition_error(value))
+        return cls(_float32_operands(value), 0.0, addition_error(value))
 
     @classmethod
     def of_convolution(cls, value: torch.Tensor) -> Rounding:
         """Of a float32 convolution: cuDNN uses TF32 unless told otherwise."""
         if value.dtype == torch.float64:
             return cls(0.0, 0.0, 2.0**-53)
-        return cls(2.0**-10 if value.is_cuda else _float32_operands(value), 0.0, 2.0**-24)
+        operands = 2.0**-10 if value.is_cuda else _float32_operands(value)
+        return cls(operands, 0.0, addition_error(value))
 
     @classmethod
     def of_exact_products(cls, value: torch.Tensor) -> Rounding:
@@ -93,7 +103,7 @@ class Rounding:
         if not value.is_cuda:
             return cls(_float32_operands(value), 0.0, 2.0**-24)
         # Triton's products in TF32 drop the bits that cuBLAS rounds.
-        return cls(0.0 if value.dtype in HALF else 2.0**-9, 0.0, 2.0**-24)
+        return cls(0.0 if value.dtype in HALF else 2.0**-9, 0.0, addition_error(value))
 
     @classmethod
     def of_scatter(cls, value: torch.Tensor) -> Rounding:
@@ -125,6 +135,15 @@ class Rounding:
     def scaled_slack(self) -> float:
         """kR² of rounding the scaled operand, relative to Σ ‖g_t‖‖g_s‖|a_t·a_s|."""
         return self.k * self.scaled**2
+
+
+def addition_error(value: torch.Tensor) -> float:
+    """u, of sums over products on the device of a tensor; one not there counts as an H100."""
+    if not value.is_cuda:
+        return 2.0**-24
+    there = torch.cuda.is_available()
+    major, _ = torch.cuda.get_device_capability(value.device) if there else (9, 0)
+    return _ADDITION_ERRORS.get(major, 2.0**-23)
 
 
 def _float32_operands(value: torch.Tensor) -> float:
@@ -175,7 +194,7 @@ def gram_error(product: torch.Tensor, length: int | torch.SymInt) -> float:
     length = length if isinstance(length, int) else length.node.hint or 2**16
     if product.dtype == torch.float64:
         return (length + 64) * 2.0**-52
-    return length * 2.0**-26 + 2.0**-19
+    return length * addition_error(product) + 2.0**-19
 
 
 def sum_error(terms: torch.Tensor) -> float:
