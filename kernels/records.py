@@ -60,6 +60,13 @@ def decode(code):
 
 
 @triton.jit
+def pointer(code, DTYPE: tl.constexpr, ALONG: tl.constexpr):
+    """Return the pointer to an operand, with what its `operands.Layout` promises."""
+    ptr = decode(code).to(tl.pointer_type(DTYPE))
+    return ptr if ALONG == "any" else tl.multiple_of(ptr, 16)
+
+
+@triton.jit
 def find_record(records, program, LOW: tl.constexpr, HIGH: tl.constexpr):
     """Return the program's record, the last of these that starts at or before it, in codes.
 

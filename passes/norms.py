@@ -12,7 +12,11 @@ from flashnorm_compile.passes.plan import Choice, Plan, pair
 from flashnorm_compile.passes.sample_map import run_mapped
 from flashnorm_compile.passes.sites import Context, Site
 from flashnorm_compile.passes.sites.base import square_norm
-from flashnorm_compile.passes.sites.fused_matmul import FusedMatmulSite, ghosts_together
+from flashnorm_compile.passes.sites.fused_matmul import (
+    FusedMatmulSite,
+    ghosts_together,
+    materialized_together,
+)
 from flashnorm_compile.passes.sites.rounding import bounded_square, materialized_square
 
 
@@ -44,12 +48,15 @@ def insert_norms(
     sites = dict.fromkeys(site for gradient in gradients for site in gradient.sites)
     norms = Norms([site.defects for site in sites if site.defects is not None], {})
     ghosts: list[FusedMatmulSite] = []
+    materialized: list[tuple[int, FusedMatmulSite]] = []
     for gradient in gradients:
         choices = plan.choices(gradient.index)
         if len(choices) == len(gradient.sites) and not gradient.affine and _apart(gradient):
             first = gradient.sites[0]
             if choices == ("ghost",) and isinstance(first, FusedMatmulSite):
                 ghosts.append(first)
+            elif choices == ("materialize",) and isinstance(first, FusedMatmulSite):
+                materialized.append((gradient.index, first))
             else:
                 _site_by_site(gradient, choices, norms)
         else:
@@ -57,6 +64,10 @@ def insert_norms(
             norms.per_sample[gradient.index, gradient.output] = samples
             _add_square(norms, samples, context)
     norms.squares.extend(ghosts_together(ghosts))
+    samples_of, squares = materialized_together([site for _, site in materialized])
+    norms.squares.extend(squares)
+    for index, site in materialized:
+        norms.per_sample[index, site.node] = samples_of[site]
     return norms
 
 

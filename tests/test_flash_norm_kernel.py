@@ -16,7 +16,11 @@ import torch
 from interpreter import run_interpreted
 
 from flashnorm_compile.kernels.flash_norm import op, reference, tiling
-from flashnorm_compile.kernels.flash_norm.op import flash_norm, materialize_norm
+from flashnorm_compile.kernels.flash_norm.op import (
+    flash_norm,
+    materialize_norm,
+    materialize_norms,
+)
 from flashnorm_compile.kernels.flash_norm.tiling import choose_tile, count_splits, count_stages
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -128,6 +132,40 @@ def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None
     )
 
 
+def alone(materialize_norms):
+    """One layer's products and norms."""
+
+    def materialize(left, right, out_dtype):
+        (products,), squares = materialize_norms([left], [right], out_dtype)
+        return products, squares
+
+    return materialize
+
+
+def check_layers(materialize_norms, device: str) -> None:
+    """Layers of one call, alike or not, more than a launch takes: norms of all together."""
+    torch.manual_seed(0)
+    for samples, out_dtype in ((4, torch.bfloat16), (1, torch.bfloat16), (3, torch.float32)):
+        layers = []
+        for k in range(21):
+            m, n, tokens = 24 + 40 * (k % 3), 16 + 64 * (k % 4) + (k == 5), 20 + 30 * (k % 2)
+            left, right = operands(samples, m, tokens, n, torch.bfloat16)
+            if k % 5 < 3:
+                left = _dense(left, (0, 2, 1))
+            layers.append((_moved(left, device), _moved(right, device)))
+        layers.append((left[:, :0], right))
+        lefts, rights = map(list, zip(*layers, strict=True))
+        with poisoned():
+            found, squares = materialize_norms(lefts, rights, out_dtype)
+        expected = torch.zeros(samples)
+        for (left, right), products in zip(layers, found, strict=True):
+            exact, _ = reference.materialize_norm(left, right, out_dtype)
+            assert (products.dtype, products.is_contiguous()) == (out_dtype, True)
+            close(products, exact, ROUNDING[out_dtype])
+            expected += products.float().square().sum((1, 2)).cpu()
+        close(squares, expected, 2e-6)
+
+
 def check_shapes(flash, materialize, device: str) -> None:
     """Compare implementations with the specification."""
     torch.manual_seed(0)
@@ -184,9 +222,10 @@ def check_kernel(device: str) -> None:
     from flashnorm_compile.kernels.flash_norm import launch
 
     with splits_that_cost_nothing():
-        check_shapes(launch.flash_norm, launch.materialize_norm, device)
-        check_layouts(launch.flash_norm, launch.materialize_norm, device)
-        check_not_finite(launch.flash_norm, launch.materialize_norm, device)
+        check_shapes(launch.flash_norm, alone(launch.materialize_norms), device)
+        check_layouts(launch.flash_norm, alone(launch.materialize_norms), device)
+        check_not_finite(launch.flash_norm, alone(launch.materialize_norms), device)
+        check_layers(launch.materialize_norms, device)
 
 
 def check_pointers(device: str) -> None:
@@ -196,8 +235,9 @@ def check_pointers(device: str) -> None:
     known = launch.find_device(torch.device(device))
     without = dataclasses.replace(known, descriptors=False, hopper=False)
     with mock.patch.object(launch, "find_device", return_value=without), splits_that_cost_nothing():
-        check_shapes(launch.flash_norm, launch.materialize_norm, device)
-        check_not_finite(launch.flash_norm, launch.materialize_norm, device)
+        check_shapes(launch.flash_norm, alone(launch.materialize_norms), device)
+        check_not_finite(launch.flash_norm, alone(launch.materialize_norms), device)
+        check_layers(launch.materialize_norms, device)
 
 
 def test_the_ops_on_the_cpu_equal_the_reference(monkeypatch):
@@ -205,6 +245,7 @@ def test_the_ops_on_the_cpu_equal_the_reference(monkeypatch):
     check_shapes(flash_norm, materialize_norm, "cpu")
     check_layouts(flash_norm, materialize_norm, "cpu")
     check_not_finite(flash_norm, materialize_norm, "cpu")
+    check_layers(materialize_norms, "cpu")
 
 
 @needs_triton
@@ -253,6 +294,7 @@ def check_code() -> None:
 
     kernel.products_kernel = Compiled(kernel.products_kernel)
     kernel.add_parts_kernel = Compiled(kernel.add_parts_kernel)
+    kernel.sites_kernel = Compiled(kernel.sites_kernel)
 
     def code(call, samples: int, m: int, tokens: int, n: int, *arguments):
         compiled.clear()
@@ -264,10 +306,16 @@ def check_code() -> None:
     flash = code(launch.flash_norm, 40, 768, 64, 768, True)
     for other in (1, 2, 16, 41):
         assert code(launch.flash_norm, other, 768, 64, 768, True) is flash
-    materialize = code(launch.materialize_norm, 40, 768, 64, 768, torch.bfloat16)
+    materialize = code(alone(launch.materialize_norms), 40, 768, 64, 768, torch.bfloat16)
+
+    def three(left, right, out_dtype):
+        return launch.materialize_norms([left] * 3, [right] * 3, out_dtype)
+
+    together = code(three, 40, 768, 64, 768, torch.bfloat16)
+    assert code(three, 41, 768, 64, 768, torch.bfloat16) is together
     split = code(launch.flash_norm, 1, 768, 4096, 768, False)
     assert len(compiled) == 2
-    for each in (flash, materialize, split):
+    for each in (flash, materialize, together, split):
         text = each.asm["ptx"]
         assert "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16" in text
         assert "cp.async.bulk.tensor.3d.shared::cluster.global" in text
@@ -275,7 +323,8 @@ def check_code() -> None:
         # A product goes on while the next is prepared.
         assert "wgmma.wait_group.sync.aligned 1" in text
         assert "st.local" not in text
-    assert "cp.async.bulk.tensor.3d.global.shared::cta" in materialize.asm["ptx"]
+    for each in (materialize, together):
+        assert "cp.async.bulk.tensor.3d.global.shared::cta" in each.asm["ptx"]
 
 
 @needs_triton
@@ -351,7 +400,7 @@ def test_the_ops_are_sound_custom_ops():
     left, right = operands(3, 4, 5, 6, torch.bfloat16)
     torch.library.opcheck(flash_norm, (left.transpose(1, 2).contiguous().transpose(1, 2), right))
     torch.library.opcheck(flash_norm, (left, right, True))
-    torch.library.opcheck(materialize_norm, (left, right, torch.float32))
+    torch.library.opcheck(materialize_norms, ([left] * 2, [right] * 2, torch.float32))
 
 
 @pytest.mark.parametrize(
@@ -371,12 +420,23 @@ def test_errors_name_the_argument_what_was_found_and_what_is_valid(change, messa
     arguments = {"left": torch.ones(3, 2, 4), "right": torch.ones(3, 4, 5)} | change
     with pytest.raises(ValueError, match="flash_norm: " + message):
         flash_norm(**arguments)
-    with pytest.raises(ValueError, match="materialize_norm: " + message):
+    with pytest.raises(ValueError, match="materialize_norms: " + message):
         materialize_norm(**arguments, out_dtype=torch.float32)
 
 
+def test_layers_of_one_call_must_fit_each_other():
+    left, right = torch.ones(3, 2, 4), torch.ones(3, 4, 5)
+    with pytest.raises(ValueError, match=r"2 lefts and 1 rights; expected the same number of each"):
+        materialize_norms([left, left], [right], torch.float32)
+    with pytest.raises(ValueError, match=r"0 lefts and 0 rights"):
+        materialize_norms([], [], torch.float32)
+    message = r"lefts\[1\] holds 1 samples on cpu and lefts\[0\] 3 on cpu; expected the same"
+    with pytest.raises(ValueError, match=message):
+        materialize_norms([left, left[:1]], [right, right[:1]], torch.float32)
+
+
 def test_products_are_rounded_to_real_numbers_only():
-    message = "materialize_norm: out_dtype is torch.int32; expected bfloat16, float16 or float32"
+    message = "materialize_norms: out_dtype is torch.int32; expected bfloat16, float16 or float32"
     with pytest.raises(ValueError, match=message):
         materialize_norm(torch.ones(3, 2, 4), torch.ones(3, 4, 5), torch.int32)
 

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from flashnorm_compile.kernels.loading import describe, load
+from flashnorm_compile.kernels.records import decode, find_record, pointer
 
 # Rows of tiles that are taken together, column by column: neighbours share what they read.
 _GROUP: tl.constexpr = tl.constexpr(8)
@@ -71,7 +72,7 @@ def products_kernel(
     PRECISION is that of float32 products. UPCAST is for the interpreter, which cannot multiply
     bfloat16.
     """
-    sizes = (samples, m, out_width)
+    sizes = (samples, m, out_width, tl.cdiv(m, BLOCK_M) * tl.cdiv(n, BLOCK_N))
     left_strides = (left_sample, left_token, left_place)
     right_strides = (right_sample, right_token, right_place)
     left = describe(left_ptr, (samples, T, m), left_strides, LEFT, True, BLOCK_T, BLOCK_M)
@@ -104,6 +105,75 @@ def products_kernel(
     )  # fmt: skip
 
 
+@triton.jit(do_not_specialize=["count", "samples", "squares_width"])
+def sites_kernel(
+    sites,
+    squares_ptr,
+    count,
+    samples,
+    squares_width,
+    LENGTH: tl.constexpr,
+    DTYPE: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Write products of several sites, and the sums of squares of their tiles.
+
+    A program takes its share of each site, one after the other; where one has a tile more than
+    another, the next site begins with the other.
+
+    Args:
+        sites: LENGTH records of codes, see `records`: the position of the site; the addresses of
+            left, right and out [B, m, n]; T, m and n; strides of samples, tokens and places of left
+            and of right; and the site's first column in ``squares``.
+        squares_ptr: float32 [B, squares_width], a column for each tile.
+        count: sites.
+        samples: B.
+        squares_width: tiles of a sample, of all sites.
+        LENGTH: of ``sites``.
+        DTYPE: of operands and products, 16-bit.
+        LEFT: "places" or "tokens", by which lie side by side.
+        RIGHT: in the same way.
+        UPCAST: multiply in float32 (the interpreter cannot multiply bfloat16).
+        BLOCK_T: tokens that are multiplied at once.
+        BLOCK_M: rows of a tile.
+        BLOCK_N: columns of a tile.
+    """
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    for k in range(count):
+        site = find_record(sites, k, 0, LENGTH)
+        T, m, n = (
+            decode(site[4]).to(tl.int32), decode(site[5]).to(tl.int32), decode(site[6]).to(tl.int32)
+        )  # fmt: skip
+        left = describe(
+            pointer(site[1], DTYPE, LEFT), (samples, T, m),
+            (decode(site[7]), decode(site[8]), decode(site[9])),
+            LEFT, True, BLOCK_T, BLOCK_M,
+        )  # fmt: skip
+        right = describe(
+            pointer(site[2], DTYPE, RIGHT), (samples, T, n),
+            (decode(site[10]), decode(site[11]), decode(site[12])),
+            RIGHT, True, BLOCK_T, BLOCK_N,
+        )  # fmt: skip
+        out = tl.make_tensor_descriptor(
+            pointer(site[3], DTYPE, LEFT), [samples, m, n],
+            [m.to(tl.int64) * n, n.to(tl.int64), 1], [1, BLOCK_M, BLOCK_N // 2],
+        )  # fmt: skip
+        rows, columns = tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N)
+        first_ptr = squares_ptr + decode(site[13])
+        _tiles(
+            left, right, out, first_ptr, first_ptr, (samples, m, n, squares_width),
+            1, tl.cdiv(T, BLOCK_T), rows, columns, 0, columns, program,
+            LEFT, RIGHT, "descriptor", False, False, "ieee", UPCAST, BLOCK_T, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+        # Programs go on in turn.
+        program = (program + programs - samples * rows * columns % programs) % programs
+
+
 @triton.jit
 def _tiles(
     left,
@@ -131,7 +201,7 @@ def _tiles(
     BLOCK_N: tl.constexpr,
 ):
     """Make the program's share of the tiles in ``width`` columns of tiles from ``first_column``."""
-    samples, m, out_width = sizes
+    samples, m, out_width, squares_width = sizes
     # A flat loop reads the first steps of a tile during the last of the one before. With a second
     # sum in it, ptxas would wait for each product before it starts the next.
     for item in tl.range(
@@ -169,7 +239,7 @@ def _tiles(
             second = _store(out, second, part, i, j + BLOCK_N // 2, m, out_width, OUT)
             squares = tl.sum(first * first + second * second)
         if not SPLIT:
-            tl.store(squares_ptr + sample * (rows * columns) + row * columns + column, squares)
+            tl.store(squares_ptr + sample * squares_width + row * columns + column, squares)
         if BIAS:
             # Every column of ``bias`` holds the same sums.
             if SPLIT:

@@ -1,4 +1,4 @@
-"""The custom ops ``flashnorm::flash_norm`` and ``flashnorm::materialize_norm``.
+"""The custom ops ``flashnorm::flash_norm`` and ``flashnorm::materialize_norms``.
 
 The gradient of a linear layer's weight is, for one sample, the product of the output's gradient
 seen as left_b [m, T] and of the input right_b [T, n]. One op takes its squared norm alone, the
@@ -48,25 +48,39 @@ def flash_norm(left: Tensor, right: Tensor, bias: bool = False) -> tuple[Tensor,
     return reference.flash_norm(left, right, bias)
 
 
-@torch.library.custom_op("flashnorm::materialize_norm", mutates_args=())
-def materialize_norm(left: Tensor, right: Tensor, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return ``left_b @ right_b`` for every sample b, and the squared norm of what is returned.
+@torch.library.custom_op("flashnorm::materialize_norms", mutates_args=())
+def materialize_norms(
+    lefts: list[Tensor], rights: list[Tensor], out_dtype: torch.dtype
+) -> tuple[list[Tensor], Tensor]:
+    """Return ``lefts[k]_b @ rights[k]_b`` for every layer k, and squared norms over all layers.
 
-    The norm is that of the rounded product, since that is what is added up later.
+    The norms are those of the rounded products, since that is what is added up later. Layers of one
+    call share launches, if they are read in the same way: together they fill a GPU to the last
+    where one does not, and spare the host.
 
     Args:
-        left: [B, m, T], as in `flash_norm`.
-        right: [B, T, n], as in `flash_norm`.
+        lefts: at least one [B, m, T], B the same for all; each as in `flash_norm`.
+        rights: [B, T, n] each, as in `flash_norm`.
         out_dtype: dtype of the products: bfloat16, float16 or float32.
 
     Returns:
-        New tensors: products [B, m, n], row-major, and float32 squares [B].
+        New tensors: products [B, m, n], row-major, and float32 squares [B], added up over layers.
 
     Raises:
         ValueError: an argument has the wrong dtype or shape, or they do not fit each other.
     """
-    _validate("materialize_norm", left, right, out_dtype)
-    return reference.materialize_norm(left, right, out_dtype)
+    _validate_layers(lefts, rights, out_dtype)
+    found = [
+        reference.materialize_norm(left, right, out_dtype)
+        for left, right in zip(lefts, rights, strict=True)
+    ]
+    return [products for products, _ in found], torch.stack([x for _, x in found]).sum(0)
+
+
+def materialize_norm(left: Tensor, right: Tensor, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the products [B, m, n] and squares [B] of `materialize_norms` for one layer."""
+    (products,), squares = materialize_norms([left], [right], out_dtype)
+    return products, squares
 
 
 @flash_norm.register_fake
@@ -77,12 +91,16 @@ def _(left: Tensor, right: Tensor, bias: bool = False) -> tuple[Tensor, Tensor]:
     return squares, left.new_empty((samples if bias else 0,), dtype=torch.float32)
 
 
-@materialize_norm.register_fake
-def _(left: Tensor, right: Tensor, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    _validate("materialize_norm", left, right, out_dtype)
-    samples, m, _ = left.shape
-    products = left.new_empty((samples, m, right.shape[2]), dtype=out_dtype)
-    return products, left.new_empty((samples,), dtype=torch.float32)
+@materialize_norms.register_fake
+def _(
+    lefts: list[Tensor], rights: list[Tensor], out_dtype: torch.dtype
+) -> tuple[list[Tensor], Tensor]:
+    _validate_layers(lefts, rights, out_dtype)
+    products = [
+        left.new_empty((*left.shape[:2], right.shape[2]), dtype=out_dtype)
+        for left, right in zip(lefts, rights, strict=True)
+    ]
+    return products, lefts[0].new_empty((lefts[0].shape[0],), dtype=torch.float32)
 
 
 @flash_norm.register_kernel("cpu")
@@ -97,17 +115,20 @@ def _(left: Tensor, right: Tensor, bias: bool = False) -> tuple[Tensor, Tensor]:
     return squares, bias_squares
 
 
-@materialize_norm.register_kernel("cpu")
-def _(left: Tensor, right: Tensor, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    _validate("materialize_norm", left, right, out_dtype)
-    (samples, m, _), n = left.shape, right.shape[2]
-    products = left.new_empty((samples, m, n), dtype=out_dtype)
-    squares = left.new_empty(samples, dtype=torch.float32)
-    for some in _chunks(left, right):
-        products[some], squares[some] = reference.materialize_norm(
-            left[some], right[some], out_dtype
-        )
-    return products, squares
+@materialize_norms.register_kernel("cpu")
+def _(
+    lefts: list[Tensor], rights: list[Tensor], out_dtype: torch.dtype
+) -> tuple[list[Tensor], Tensor]:
+    _validate_layers(lefts, rights, out_dtype)
+    squares = lefts[0].new_zeros(lefts[0].shape[0], dtype=torch.float32)
+    outs = []
+    for left, right in zip(lefts, rights, strict=True):
+        products = left.new_empty((*left.shape[:2], right.shape[2]), dtype=out_dtype)
+        for some in _chunks(left, right):
+            products[some], found = reference.materialize_norm(left[some], right[some], out_dtype)
+            squares[some] += found
+        outs.append(products)
+    return outs, squares
 
 
 @flash_norm.register_kernel("cuda")
@@ -119,12 +140,14 @@ def _(left: Tensor, right: Tensor, bias: bool = False) -> tuple[Tensor, Tensor]:
     return launch.flash_norm(left, right, bias)
 
 
-@materialize_norm.register_kernel("cuda")
-def _(left: Tensor, right: Tensor, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+@materialize_norms.register_kernel("cuda")
+def _(
+    lefts: list[Tensor], rights: list[Tensor], out_dtype: torch.dtype
+) -> tuple[list[Tensor], Tensor]:
     from flashnorm_compile.kernels.flash_norm import launch
 
-    _validate("materialize_norm", left, right, out_dtype)
-    return launch.materialize_norm(left, right, out_dtype)
+    _validate_layers(lefts, rights, out_dtype)
+    return launch.materialize_norms(lefts, rights, out_dtype)
 
 
 def _chunks(left: Tensor, right: Tensor) -> list[slice]:
@@ -132,6 +155,26 @@ def _chunks(left: Tensor, right: Tensor) -> list[slice]:
     samples, size = left.shape[0], max(1, left.shape[1] * right.shape[2])
     step = max(1, CHUNK_ELEMENTS // size)
     return [slice(first, first + step) for first in range(0, samples, step)]
+
+
+def _validate_layers(
+    lefts: list[Tensor], rights: list[Tensor], out_dtype: torch.dtype
+) -> None:
+    if not lefts or len(lefts) != len(rights):
+        raise ValueError(
+            f"materialize_norms: {len(lefts)} lefts and {len(rights)} rights; "
+            "expected the same number of each, 1 or more"
+        )
+    for k, (left, right) in enumerate(zip(lefts, rights, strict=True)):
+        _validate("materialize_norms", left, right, out_dtype)
+        sizes = lefts[0].shape[0], left.shape[0]
+        # Only sizes that are known: a comparison of symbolic ones would fix them.
+        known = all(isinstance(size, int) for size in sizes)
+        if left.device != lefts[0].device or (known and sizes[0] != sizes[1]):
+            raise ValueError(
+                f"materialize_norms: lefts[{k}] holds {sizes[1]} samples on {left.device} and "
+                f"lefts[0] {sizes[0]} on {lefts[0].device}; expected the same for all"
+            )
 
 
 def _validate(

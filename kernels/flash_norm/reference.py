@@ -20,7 +20,7 @@ def flash_norm(left: Tensor, right: Tensor, bias: bool) -> tuple[Tensor, Tensor]
 def materialize_norm(left: Tensor, right: Tensor, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return ``left_b·right_b`` rounded to ``out_dtype``, and the squared norm of what was rounded.
 
-    Arguments and results as in `op.materialize_norm`.
+    Arguments and results as in `op.materialize_norms`, of one layer.
     """
     samples = (left.float() @ right.float()).to(out_dtype)
     return samples, samples.float().square().sum((1, 2))

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from flashnorm_compile.kernels.loading import describe
-from flashnorm_compile.kernels.records import decode, find_record
+from flashnorm_compile.kernels.records import decode, find_record, pointer
 
 from .gram import grams
 from .sums import signal, tile_sums
@@ -210,10 +210,11 @@ def _operand(
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    ptr = tl.multiple_of(decode(address).to(tl.pointer_type(DTYPE)), 16)
     outer = decode(outer_stride)
     strides = (decode(sample_stride), outer, outer)
-    return describe(ptr, (samples, tokens, width), strides, ALONG, TMA, TILE, BLOCK)
+    return describe(
+        pointer(address, DTYPE, ALONG), (samples, tokens, width), strides, ALONG, TMA, TILE, BLOCK
+    )  # fmt: skip
 
 
 @triton.jit

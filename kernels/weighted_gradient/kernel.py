@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from flashnorm_compile.kernels.loading import describe, load
-from flashnorm_compile.kernels.records import decode, find_record
+from flashnorm_compile.kernels.records import decode, find_record, pointer
 
 # Rows of tiles that run together: with 128 x 256 those of an H100 then make a square of a result.
 _GROUP: tl.constexpr = tl.constexpr(16)
@@ -77,12 +77,12 @@ def weighted_gradients_kernel(
         decode(site[4]).to(tl.int32), decode(site[5]).to(tl.int32), decode(site[6]).to(tl.int32)
     )  # fmt: skip
     left = describe(
-        _pointer(site[1], DTYPE, LEFT), (samples, tokens, m),
+        pointer(site[1], DTYPE, LEFT), (samples, tokens, m),
         (decode(site[7]), decode(site[8]), decode(site[9])),
         LEFT, DESCRIPTORS, BLOCK_T, BLOCK_M,
     )  # fmt: skip
     right = describe(
-        _pointer(site[2], DTYPE, RIGHT), (samples, tokens, n),
+        pointer(site[2], DTYPE, RIGHT), (samples, tokens, n),
         (decode(site[10]), decode(site[11]), decode(site[12])),
         RIGHT, DESCRIPTORS, BLOCK_T, BLOCK_N,
     )  # fmt: skip
@@ -134,13 +134,6 @@ def weighted_gradients_kernel(
         i, j = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
         out_ptr += (split.to(tl.int64) * m + i.to(tl.int64)[:, None]) * n + j[None, :]
         tl.store(out_ptr, sums, mask=(i < m)[:, None] & (j < n)[None, :])
-
-
-@triton.jit
-def _pointer(address, DTYPE: tl.constexpr, ALONG: tl.constexpr):
-    """Return the pointer to an operand, with what is promised of it."""
-    ptr = decode(address).to(tl.pointer_type(DTYPE))
-    return ptr if ALONG == "any" else tl.multiple_of(ptr, 16)
 
 
 @triton.jit

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -10,12 +10,12 @@ from torch import fx
 
 from flashnorm_compile._torch import hint
 from flashnorm_compile.kernels.device import has_fast_kernels
-from flashnorm_compile.kernels.flash_norm import flash_norm, materialize_norm
+from flashnorm_compile.kernels.flash_norm import flash_norm, materialize_norms
 from flashnorm_compile.kernels.ghost_norm import ghost_norm, ghost_norms
 from flashnorm_compile.kernels.weighted_gradient import weighted_gradients
 from flashnorm_compile.passes.cost import Cost
 from flashnorm_compile.passes.layout import SampleAxis
-from flashnorm_compile.passes.sites.base import Context, Site
+from flashnorm_compile.passes.sites.base import Context, Site, numel
 from flashnorm_compile.passes.sites.generic import contracted_axis
 from flashnorm_compile.passes.sites.matmul import MatmulSite, sample_major
 from flashnorm_compile.passes.sites.rounding import (
@@ -34,6 +34,8 @@ MIN_TOKENS = 32
 MIN_WIDTH = 64
 # All their sums are there before the first is released.
 SITES_PER_CALL = 32
+# Operands of sites whose per-sample gradients are made together wait for each other.
+OPERAND_BYTES = 2**29
 
 
 class FusedMatmulSite(MatmulSite):
@@ -60,17 +62,8 @@ class FusedMatmulSite(MatmulSite):
 
     def measured(self) -> tuple[fx.Node, fx.Node]:
         """Emit [B, m, n] and the norms of what is stored."""
-        rows, padded = self.node.meta["val"].shape[-2], self.padded is not None
-        axes = self.left_axis, self.right_axis
-
-        def code(
-            left: torch.Tensor, right: torch.Tensor, batch: torch.Tensor
-        ) -> tuple[torch.Tensor, torch.Tensor]:
-            left, right = sample_major(axes, left, right, batch.shape[0])
-            samples, squares = materialize_norm(left, right, left.dtype)
-            return samples.narrow(-2, 0, rows) if padded else samples, squares
-
-        return self._emit(code)  # type: ignore[no-any-return]
+        samples, (square,) = materialized_together([self])
+        return samples[self], square
 
     def weighted(self, weights: fx.Node, before: fx.Node) -> fx.Node:
         """Emit Σ_i c_i L_i R_i, weighed after each sample's product."""
@@ -156,6 +149,53 @@ class FusedMatmulSite(MatmulSite):
         return self.context.device.multiply(flops, self.left.meta["val"].dtype, moved)
 
 
+def materialized_together(
+    sites: Sequence[FusedMatmulSite],
+) -> tuple[dict[FusedMatmulSite, fx.Node], list[fx.Node]]:
+    """Emit what ``measured`` does for many sites, in launches that some share.
+
+    Returns:
+        The per-sample gradients, and squared norms [B], each of some sites.
+    """
+    samples: dict[FusedMatmulSite, fx.Node] = {}
+    squares: list[fx.Node] = []
+    for some in _neighbours(sites):
+        axes = [(site.left_axis, site.right_axis) for site in some]
+        rows = [site.node.meta["val"].shape[-2] for site in some]
+
+        def code(
+            batch: torch.Tensor, *operands: torch.Tensor, axes: Any = axes, rows: Any = rows
+        ) -> tuple[list[torch.Tensor], torch.Tensor]:
+            lefts, rights = zip(*_pairs(axes, operands, batch.shape[0]), strict=True)
+            found, total = materialize_norms(list(lefts), list(rights), lefts[0].dtype)
+            return _without_padding(found, rows), total
+
+        operands = _operands(some)
+        context = some[0].context
+        last = max(operands)
+        found, total = context.emit(code, context.batch, *operands, before=last.next, like=last)
+        samples |= dict(zip(some, found, strict=True))
+        squares.append(total)
+    return samples, squares
+
+
+def _neighbours(sites: Sequence[FusedMatmulSite]) -> Iterator[list[FusedMatmulSite]]:
+    """Cut sites of one dtype, as they follow each other, where operands become too many bytes."""
+    part: list[FusedMatmulSite] = []
+    size = 0.0
+    for site in sorted(sites, key=lambda site: site.node):
+        operands = _operands([site])
+        more = sum(numel(x) * x.meta["val"].element_size() for x in operands)
+        alike = not part or part[0].left.meta["val"].dtype == site.left.meta["val"].dtype
+        if part and (size + more > OPERAND_BYTES or not alike):
+            yield part
+            part, size = [], 0.0
+        part.append(site)
+        size += more
+    if part:
+        yield part
+
+
 def ghosts_together(sites: Sequence[FusedMatmulSite]) -> list[fx.Node]:
     """Emit squared norms [B] that no contribution exceeds, by ``ghost`` of many sites.
 
@@ -218,14 +258,19 @@ def weighted_together(
         ) -> list[torch.Tensor]:
             pairs = _pairs(axes, operands, weights.shape[0])
             totals = weighted_gradients([x for x, _ in pairs], [y for _, y in pairs], weights)
-            return [
-                total if total.shape[-2] == count else total.narrow(-2, 0, count)
-                for total, count in zip(totals, rows, strict=True)
-            ]
+            return _without_padding(totals, rows)
 
         nodes = some[0].context.emit(code, weights, *_operands(some), before=before)
         sums |= dict(zip(some, nodes, strict=True))
     return sums
+
+
+def _without_padding(products: Sequence[torch.Tensor], rows: Sequence[int]) -> list[torch.Tensor]:
+    """Return products [..., m, n] without rows that were appended to reach a multiple of 8."""
+    return [
+        product if product.shape[-2] == count else product.narrow(-2, 0, count)
+        for product, count in zip(products, rows, strict=True)
+    ]
 
 
 def _operands(sites: Sequence[FusedMatmulSite]) -> list[fx.Node]:
